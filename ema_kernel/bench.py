@@ -1,0 +1,428 @@
+"""Every EMA that people use, side by side, against the speed of memory.
+
+    python ema_kernel/bench.py                                   all of it: an hour or two on two cores
+    python ema_kernel/bench.py --cases small,lora --rounds 5     a first look
+    python ema_kernel/bench.py --json FILE --plot FILE.png       keep the figures, draw them
+    python ema_kernel/bench.py --read FILE --plot FILE.png       draw kept figures again
+
+Each round builds every competitor anew on a model of its own, in shuffled order, warms it up, times it, and
+drops it, so that all of them meet the same machine. Reported: the median over rounds of the seconds an update
+takes; gigabytes a second over the bytes that a fused update must move; and the share of the limit, which is
+the fastest of several kernels that read two buffers and write one, over as many bytes, in the same rounds.
+Peers that are not installed (pip install '.[bench]') and models too large for the free memory are listed as
+skipped; models above half a billion parameters have three rounds.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+
+import torch
+from torch import nn
+
+DECAY = 0.995
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# --------------------------------------------------------------------------------------------------- cases
+
+
+def gpt2(vocabulary: int, positions: int, width: int, layers: int) -> list[tuple[int, ...]]:
+    """Shapes of a GPT-2's parameters."""
+    norm = [(width,), (width,)]
+    dense = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    layer = norm * 2 + dense + [(rows,) for rows, _ in dense]
+    return [(vocabulary, width), (positions, width), *layer * layers, *norm]
+
+
+CASES = {
+    "small": ("a 1M-parameter GPT-2", gpt2(512, 128, 128, 5)),
+    "lora": ("LoRA r16 on a 7B model", [(16, 4096), (4096, 16)] * 64),
+    "gpt2": ("GPT-2 124M", gpt2(50257, 1024, 768, 12)),
+    "1b": ("a 1B-parameter GPT-2", gpt2(50257, 1024, 1536, 34)),
+}
+LARGE = 500_000_000  # parameters from which a model has few rounds
+GROWTH = [1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000, 1_000_000_000]
+
+
+class Policy(nn.Module):
+    """Parameters and nothing else, each with memory of its own."""
+
+    def __init__(self, shapes, dtype, device):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.full(s, 0.5, dtype=dtype, device=device) for s in shapes)
+
+    def forward(self):
+        raise NotImplementedError("only the weights matter here")
+
+
+def count(shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+# --------------------------------------------------------------------------------------------- competitors
+# Each takes a policy and returns the function of no arguments that is timed. The average is float32, but
+# torch's AveragedModel keeps it in the policy's dtype: in bfloat16 it moves fewer bytes, and stands still.
+
+
+def ours(policy):
+    return elastic(policy).update
+
+
+def elastic(policy):
+    from elastic_reset import ElasticReset
+
+    elastic = ElasticReset(policy, decay=DECAY)
+    if elastic.backend != "rust" and next(policy.parameters()).device.type == "cpu":
+        raise SystemExit("ElasticReset does not use the kernel: build it first (pip install .)")
+    return elastic
+
+
+def copies(policy):
+    return [p.detach().float().clone() for p in policy.parameters()]
+
+
+def flat(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def foreach_lerp(policy):
+    ema, params = copies(policy), [p.detach() for p in policy.parameters()]
+    return lambda: torch._foreach_lerp_(ema, [p.float() for p in params], 1 - DECAY)
+
+
+def flat_lerp(policy):
+    params = flat(policy)
+    ema = params.float().clone()
+    return lambda: ema.lerp_(params.float(), 1 - DECAY)
+
+
+def averaged_model(policy):
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    averaged = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    return lambda: averaged.update_parameters(policy)
+
+
+def torch_ema(policy):
+    from torch_ema import ExponentialMovingAverage
+
+    params = list(policy.parameters())
+    ema = ExponentialMovingAverage(params, DECAY, use_num_updates=False)
+    ema.to(dtype=torch.float32)
+    return lambda: ema.update(params)
+
+
+def timm(policy):
+    from timm.utils import ModelEmaV3
+
+    ema = ModelEmaV3(policy, DECAY, dtype=torch.float32)
+    return lambda: ema.update(policy)
+
+
+def diffusers(policy):
+    from diffusers.training_utils import EMAModel
+
+    params = list(policy.parameters())
+    ema = EMAModel(params, decay=DECAY, foreach=True)
+    ema.to(dtype=torch.float32)
+    return torch.no_grad()(lambda: ema.step(params))
+
+
+def ema_pytorch(policy):
+    from ema_pytorch import EMA
+
+    options = {"update_after_step": 0, "update_every": 1, "include_online_model": False, "use_foreach": True}
+    ema = EMA(policy, beta=DECAY, coerce_dtype=True, **options)
+    ema.ema_model.float()
+    return ema.update
+
+
+UPDATES = {
+    "ElasticReset": ours,
+    "torch._foreach_lerp_": foreach_lerp,
+    "lerp_ on flat buffers": flat_lerp,
+    "torch AveragedModel": averaged_model,
+    "timm ModelEmaV3": timm,
+    "diffusers EMAModel": diffusers,
+    "torch_ema": torch_ema,
+    "ema-pytorch": ema_pytorch,
+}
+
+
+def our_reset(policy):
+    return elastic(policy).reset
+
+
+def two_copies(policy):
+    params = flat(policy)
+    ema = params.float().clone()
+    init = ema.clone()
+    return lambda: (params.copy_(ema), ema.copy_(init))
+
+
+def two_foreach_copies(policy):
+    params, ema, init = [p.detach() for p in policy.parameters()], copies(policy), copies(policy)
+    return lambda: (torch._foreach_copy_(params, ema), torch._foreach_copy_(ema, init))
+
+
+RESETS = {
+    "ElasticReset": our_reset,
+    "copy_ twice, flat": two_copies,
+    "_foreach_copy_ twice": two_foreach_copies,
+}
+
+
+def limits(bytes_moved: int, device: str) -> dict:
+    """Kernels that read two float32 buffers and write one, together as many bytes as a fused update moves."""
+
+    def over(kernel):
+        def build(_):
+            a, b = (torch.full((bytes_moved // 12,), 0.5, device=device) for _ in range(2))
+            return lambda: kernel(a, b)
+
+        return build
+
+    kernels = {
+        "limit: add_": lambda a, b: a.add_(b, alpha=0.0),
+        "limit: lerp_": lambda a, b: a.lerp_(b, 1 - DECAY),
+        "limit: maximum": lambda a, b: torch.maximum(a, b, out=a),
+    }
+    if device == "cpu":
+        from ema_kernel import update
+
+        threads = torch.get_num_threads()
+        kernels["limit: ema_kernel"] = lambda a, b: update(a.numpy(), b.numpy(), DECAY, threads)
+    return {name: over(kernel) for name, kernel in kernels.items()}
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def seconds_of(step, device: str, at_least: float = 0.03) -> float:
+    """Seconds a call, over so many calls that they fill a few hundredths of a second."""
+
+    def run(calls):
+        started = time.perf_counter()
+        for _ in range(calls):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / calls
+
+    run(2)
+    once = run(1)
+    return run(max(1, round(at_least / once)))
+
+
+def interleaved(competitors: dict, shapes, dtype, device: str, rounds: int) -> tuple[dict, dict]:
+    """Seconds a call of each competitor, one sample a round, and why some have none."""
+    parameters = count(shapes)
+    if device == "cpu" and 20 * parameters > (free := status("MemAvailable", "/proc/meminfo")):
+        needs = f"needs about {20 * parameters / 1e9:.0f} GB, free are {free / 1e9:.0f}"
+        return {}, dict.fromkeys(competitors, needs)
+    samples, skipped = {name: [] for name in competitors}, {}
+    for turn in range(rounds if parameters < LARGE else min(rounds, 3)):
+        order = list(samples)
+        random.Random(turn).shuffle(order)
+        for name in order:
+            try:
+                step = competitors[name](Policy(shapes, dtype, device))
+                samples[name].append(seconds_of(step, device))
+            except ImportError as error:
+                skipped[name] = str(error).strip().split("\n")[0]
+                del samples[name]
+            step = None
+            gc.collect()
+    return samples, skipped
+
+
+def compare(what: str, case: str, dtype: str, threads: int, device: str, rounds: int) -> tuple[list, dict]:
+    """One table: every competitor on one case, fastest first."""
+    torch.set_num_threads(threads)
+    title, shapes = CASES[case]
+    parameters, policy_bytes = count(shapes), DTYPES[dtype].itemsize
+    bytes_moved = parameters * ((8 if what == "update" else 12) + policy_bytes)
+    competitors = UPDATES | limits(bytes_moved, device) if what == "update" else RESETS
+    samples, skipped = interleaved(competitors, shapes, DTYPES[dtype], device, rounds)
+    setting = {"what": what, "case": case, "title": title, "parameters": parameters}
+    setting |= {"dtype": dtype, "device": device, "threads": threads}
+    seconds = {name: statistics.median(times) for name, times in samples.items()}
+    limit = min((seconds[name] for name in seconds if name.startswith("limit")), default=math.nan)
+    rows = [
+        setting
+        | {"name": name, "seconds": seconds[name], "samples": samples[name]}
+        | {"gigabytes_per_second": bytes_moved / seconds[name] / 1e9, "of_limit": limit / seconds[name]}
+        for name in sorted(seconds, key=seconds.get)
+    ]
+    return rows, skipped
+
+
+def growth(sizes: list[int], threads: int, rounds: int) -> list[dict]:
+    """Time a parameter as the model grows."""
+    torch.set_num_threads(threads)
+    rows = []
+    for size in sizes:
+        samples, skipped = interleaved({"ElasticReset": ours}, [(size,)], torch.float32, "cpu", rounds)
+        if skipped:
+            print(f"  {size:>13,} parameters skipped: {skipped['ElasticReset']}")
+            continue
+        times = samples["ElasticReset"]
+        seconds = statistics.median(times)
+        rows.append({"parameters": size, "threads": threads, "seconds": seconds, "samples": times})
+        print(f"  {size:>13,} parameters {seconds * 1e3:9.3f} ms {seconds / size * 1e9:6.3f} ns each")
+    return rows
+
+
+def status(key: str, path: str = "/proc/self/status"):
+    """Bytes from Linux's account of this process or of all memory; elsewhere infinity: nobody knows."""
+    if not os.path.exists(path):
+        return math.inf
+    with open(path) as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def memory(size: int = 100_000_000) -> dict:
+    """Bytes a parameter that ElasticReset keeps, and that an update and a reset need for a moment."""
+    policy = Policy([(1000, size // 1000)], torch.float32, "cpu")
+    before = status("VmRSS")
+    average = elastic(policy)
+    average.update()
+    kept = status("VmRSS") - before
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    before = status("VmRSS")
+    average.update()
+    average.reset()
+    return {"kept": kept / size, "temporary": (status("VmHWM") - before) / size}
+
+
+def machine() -> dict:
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "decay": DECAY}
+
+
+# ---------------------------------------------------------------------------------------------- reporting
+
+
+def show(rows: list[dict], skipped: dict) -> None:
+    for name, reason in skipped.items():
+        print(f"  {name:24} skipped: {reason}")
+    for row in rows:
+        of_limit = "" if math.isnan(row["of_limit"]) else f"{row['of_limit']:6.2f} of the limit"
+        print(
+            f"  {row['name']:24} {row['seconds'] * 1e3:10.3f} ms {row['gigabytes_per_second']:7.1f} GB/s"
+            f" {row['seconds'] / rows[0]['seconds']:6.2f} x the fastest {of_limit}"
+        )
+
+
+def plot(report: dict, path: str) -> None:
+    """One panel a case: gigabytes a second at the largest number of threads, the limit as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    updates = [row for row in report["results"] if row["what"] == "update" and row["device"] == "cpu"]
+    threads = max(row["threads"] for row in updates)
+    updates = [row for row in updates if row["threads"] == threads]
+    panels = list(dict.fromkeys((row["title"], row["dtype"]) for row in updates))
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 2.6 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, dtype) in zip(axes.flat, panels, strict=False):
+        rows = [row for row in updates if (row["title"], row["dtype"]) == (title, dtype)]
+        peers = [row for row in rows if not row["name"].startswith("limit")][::-1]
+        colors = ["#0072b2" if row["name"] == "ElasticReset" else "#bbbbbb" for row in peers]
+        speeds = [row["gigabytes_per_second"] for row in peers]
+        bars = axis.barh([row["name"] for row in peers], speeds, color=colors)
+        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        limit = max(row["gigabytes_per_second"] for row in rows if row["name"].startswith("limit"))
+        axis.axvline(limit, color="black", linestyle="--", linewidth=1)
+        axis.set_title(f"{title}, {dtype} policy", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("GB/s (dashed: memory limit)", fontsize=8)
+    figure.suptitle(f"One EMA update on {report['machine']['cpu']}, {threads} thread(s)", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cases", type=lambda text: text.split(","), default=list(CASES), help=f"of {','.join(CASES)}")
+    add("--dtypes", type=lambda text: text.split(","), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
+    add("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], help="such as 1,2")
+    add("--rounds", type=int, default=11, help="samples of each competitor")
+    add("--largest", type=int, default=GROWTH[-1], help="parameters at which the series of sizes ends")
+    add("--json", metavar="FILE", help="write every sample")
+    add("--plot", metavar="FILE", help="draw the updates on the CPU")
+    add("--read", metavar="FILE", help="take figures written by --json instead of measuring")
+    args = parser.parse_args()
+    for given, known in (("cases", CASES), ("dtypes", DTYPES)):
+        if odd := set(getattr(args, given)) - set(known):
+            parser.error(f"unknown --{given} {','.join(sorted(odd))}; choose of {','.join(known)}")
+    if min(args.threads) < 1 or args.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    return args
+
+
+def tables(args, report: dict) -> None:
+    devices = [("cpu", threads) for threads in args.threads]
+    devices += [("cuda", 1)] if torch.cuda.is_available() else []
+    for device, threads in devices:
+        for case, dtype, what in itertools.product(args.cases, args.dtypes, ("update", "reset")):
+            title, shapes = CASES[case]
+            print(f"\n{what}, {title} ({count(shapes):,} parameters), ", end="")
+            print(f"{dtype} policy, {device}, {threads} thread(s)")
+            rows, skipped = compare(what, case, dtype, threads, device, args.rounds)
+            report["results"] += rows
+            report["skipped"] |= {f"{name}, {case}": reason for name, reason in skipped.items()}
+            show(rows, skipped)
+
+
+def measure(args) -> dict:
+    report = {"machine": machine(), "results": [], "skipped": {}}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None))
+    tables(args, report)
+    threads = max(args.threads)
+    print(f"\nElasticReset.update() as the model grows, float32, {threads} thread(s)")
+    report["growth"] = growth([n for n in GROWTH if n <= args.largest], threads, args.rounds)
+    if os.path.exists("/proc/self/clear_refs"):
+        used = report["bytes_a_parameter"] = memory()
+        print(f"\nbytes a parameter: {used['kept']:.2f} kept, {used['temporary']:.2f} for a moment")
+    return report
+
+
+def main():
+    args = parse()
+    if args.read:
+        with open(args.read) as file:
+            report = json.load(file)
+    else:
+        report = measure(args)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+    if args.plot:
+        plot(report, args.plot)
+
+
+if __name__ == "__main__":
+    main()
