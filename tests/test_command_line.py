@@ -1,0 +1,166 @@
+"""Room 8: flags, their ranges and one-line errors; and rooms 7's damaged data."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import elastic_reset
+from elastic_reset import METHODS, configure, main, parse_flags, split_of, to_argv
+
+
+def error_of(argv, capsys):
+    code = main(argv)
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and captured.out == "", captured
+    return lines[0]
+
+
+BAD_FLAGS = [
+    ("", "expected one of translation"),
+    ("--task chess", "--task is chess; expected one of translation"),
+    ("--task translation --method sgd", "expected one of elastic-reset, ppo"),
+    ("--task translation --preset maxi", "choose from"),
+    ("--task translation --reset sometimes", "choose from"),
+    ("--task translation --kl_reference last", "choose from"),
+    ("--task translation --no_such_flag 1", "unrecognized arguments: --no_such_flag"),
+    ("--task translation --updates", "expected one argument"),
+    ("--task translation --updates ten", "invalid int value: 'ten'"),
+    ("--task translation --updates 0", "updates is 0; expected 1 or more"),
+    ("--task translation --updates 2.5", "invalid int value"),
+    ("--task translation --seed -1", "seed is -1; expected 0 or more"),
+    ("--task translation --ema_decay 1.5", "ema_decay is 1.5; expected 0 to 1"),
+    ("--task translation --ema_decay nan", "ema_decay is nan; expected 0 to 1"),
+    ("--task translation --reset_every 0", "reset_every is 0; expected 1 or more"),
+    ("--task translation --learning_rate -0.1", "learning_rate is -0.1; expected 0 to 1"),
+    ("--task translation --gamma 1.1", "gamma is 1.1"),
+    ("--task translation --lam -1", "lam is -1"),
+    ("--task translation --cliprange -0.2", "cliprange is -0.2"),
+    ("--task translation --temperature 0", "temperature is 0"),
+    ("--task translation --kl_coef nan", "kl_coef is nan"),
+    ("--task translation --batch_size 32 --mini_batch_size 64", "expected batch_size (32) or less"),
+    ("--task translation --d_model 90", "expected a multiple of 4"),
+    ("--task translation --resume perhaps", "--resume"),
+    ("--task translation --compare ppo,sgd", "method is 'sgd'; expected one of"),
+    ("--task translation --compare ppo:kl_coef", "kl_coef"),
+    ("--task translation --compare ppo:kl_coef=much", "invalid float value: 'much'"),
+    ("--task translation --compare ppo --seeds 0", "seeds is 0; expected 1 or more"),
+    ("--task translation --compare ppo --jobs 0", "jobs is 0"),
+    ("--task translation --config nowhere.yaml", "--config nowhere.yaml cannot be read"),
+    ("--task translation --data nowhere/at/all", "data nowhere/at/all cannot be read"),
+    ("--task translation --model nowhere/at/all", "sender 'nowhere/at/all' is no seq2seq model"),
+]
+
+
+@pytest.mark.parametrize("line, expected", BAD_FLAGS)
+def test_bad_command_lines(line, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert expected in error_of(line.split(), capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+GOOD = '{"en": "a dog", "fr": "un chien", "de": "ein Hund"}\n'
+BAD_DATA = {
+    "empty folder": ({}, "doesn't contain any data files"),
+    "empty file": ({"train.jsonl": ""}, "holds no rows"),
+    "no validation": ({"train.jsonl": GOOD}, "validation"),
+    "torn line": ({"train.jsonl": GOOD + '{"en": "a'}, "train.jsonl, line 2: column 8: not JSON"),
+    "no object": ({"train.jsonl": GOOD + "[1, 2]\n"}, "train.jsonl, line 2: expected an object"),
+    "missing column": ({"train.jsonl": '{"en": "a", "fr": "b"}\n'}, "train.jsonl, line 1: no column 'de' (found en, fr)"),
+    "missing later": ({"train.jsonl": GOOD * 3 + '{"en": "a", "fr": "b"}\n'}, "train.jsonl, line 4: no column 'de'"),
+    "number": ({"train.jsonl": GOOD + '{"en": "a", "fr": "b", "de": 3}\n'}, "line 2: column 'de' holds '3', expected text"),
+    "null": ({"train.jsonl": GOOD + '{"en": null, "fr": "b", "de": "c"}\n'}, "line 2: column 'en' holds 'None'"),
+    "blank": ({"train.jsonl": GOOD + '{"en": "a", "fr": " ", "de": "c"}\n'}, "line 2: column 'fr' holds ' '"),
+    "csv": ({"train.csv": "en,fr,de\na,b,c\nd,,f\n"}, "train.csv, line 3: column 'fr' holds ''"),
+    "no parquet": ({"train.parquet": "this is no parquet"}, "cannot be read"),
+    "not UTF-8": ({"train.jsonl": b'{"en": "\xff", "fr": "b", "de": "c"}\n'}, "train.jsonl, line 1"),
+    "bad validation": (
+        {"train.jsonl": GOOD, "validation.jsonl": '{"en": "a", "fr": "b", "de": ""}\n'}, "validation.jsonl, line 1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_damaged_data(name, capsys, tmp_path):
+    files, expected = BAD_DATA[name]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    argv = ["--task", "translation", "--data", str(folder), "--output_dir", str(tmp_path / "run")]
+    assert expected in error_of(argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_slice(capsys, tmp_path):
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    assert "cannot be read" in error_of(["--task", "translation", "--data", f"{tmp_path}:train[abc]"], capsys)
+
+
+def test_real_data_needs_models_or_pairs(capsys, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(GOOD)
+    assert "--sender_data and --receiver_data" in error_of(["--task", "translation", "--data", str(tmp_path)], capsys)
+
+
+def test_damaged_checkpoint(tiny, capsys, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint" / "state.safetensors"
+    elastic_reset.train(configure(**tiny))
+    capsys.readouterr()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert main(to_argv(tiny | dict(resume=True))) == 2
+    assert "is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_layers_of_settings(tmp_path):
+    assert configure(task="translation", method="ppo").kl_coef == 0
+    assert configure(task="translation", method="ppo", kl_coef=0.3).kl_coef == 0.3
+    assert configure(task="translation", preset="paper").batch_size == 256
+    path = tmp_path / "run.yaml"
+    path.write_text("task: translation\nlearning_rate: 1e-5\nupdates: 7\nsender_data: [a, b]\n")
+    given, command = parse_flags(["--config", str(path), "--updates", "9"])
+    assert given == dict(task="translation", learning_rate=1e-5, updates=9, sender_data=["a", "b"])
+    path.write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match="unrecognized arguments: --learning_rat"):
+        parse_flags(["--config", str(path)])
+
+
+def test_flags_survive_the_way_to_another_process():
+    flags = dict(task="translation", resume=True, kl_coef=0.1, sender_data=["a b", "c"], updates=3)
+    assert parse_flags(to_argv(flags))[0] == flags
+
+
+@pytest.mark.parametrize("wrong", [dict(updates="3"), dict(resume=1), dict(sender_data="abc"), dict(updats=3)])
+def test_wrong_types_from_python(wrong):
+    with pytest.raises(ValueError, match="expected a value of type|unknown setting"):
+        configure(**wrong)
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("name", ("name", "train")),
+        ("user/name:validation", ("user/name", "validation")),
+        ("../folder:train[9000:]", ("../folder", "train[9000:]")),
+        ("folder:train[:10%]", ("folder", "train[:10%]")),
+        ("C:\\folder", ("C:\\folder", "train")),
+        ("hf://datasets/a/b@c/d/*.parquet", ("hf://datasets/a/b@c/d/*.parquet", "train")),
+    ],
+)
+def test_split_of(spec, expected):
+    assert split_of(spec) == expected
+
+
+def test_help_lists_every_flag_and_method():
+    text = subprocess.run(
+        [sys.executable, str(ROOT / "elastic_reset.py"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    flat = " ".join(text.split())
+    for f in elastic_reset.fields(elastic_reset.Config):
+        assert f"--{f.name}" in flat
+    assert all(method in flat for method in METHODS)
+    assert json.dumps("theta_bar <- theta_0")[1:-1] in flat

@@ -1,0 +1,61 @@
+"""Room 5: comparing methods."""
+
+import json
+
+import pytest
+from conftest import TINY
+
+from elastic_reset import area_under_front, main, pm, to_argv, tradeoff
+
+
+def history(*points):
+    return [dict(update=i, event="", drift=d, reward=r) for i, (d, r) in enumerate(points)]
+
+
+def test_area_by_hand():
+    """Start (1, 0); reward 4 at drift 2: of the range 1 to 3 the upper half gains 4. Falling back later costs nothing."""
+    assert area_under_front(history((1, 0), (2, 4), (2.5, 1)), 1, 3) == pytest.approx(2)
+    assert area_under_front(history((1, 0), (2, -4)), 1, 3) == 0
+    assert area_under_front(history((1, 0), (0.5, 2)), 0.5, 1.5) == pytest.approx(2)
+
+
+def test_numbers_by_hand():
+    runs = {
+        "a": {0: history((1, 0), (1.2, 2), (1.4, 3)), 1: history((1, 0), (1.1, 1), (1.8, 5))},
+        "b": {0: history((1, 0), (2, 1), (3, 9)), 1: history((1, 0), (1, 0), (1, 0))},
+    }
+    numbers = tradeoff(runs)
+    assert numbers["bound"] == 1.5 and numbers["range"] == [1, 1.5]
+    assert numbers["methods"]["a"]["reward"] == [3, 5] and numbers["methods"]["a"]["passed"] == [None, 2]
+    assert numbers["methods"]["b"]["drift"] == [3, 1] and numbers["methods"]["b"]["passed"] == [1, None]
+    assert numbers["methods"]["a"]["area"] == pytest.approx([(0.2 * 2 + 0.1 * 3) / 0.5, 0.4 * 1 / 0.5])
+
+
+def test_mean_and_standard_error():
+    assert pm([1.0, 2.0, 3.0]) == "2 +- 0.58"
+    assert pm([1.0]) == "1 +- 0"
+
+
+def test_comparison_end_to_end_and_resumed(tmp_path, capsys):
+    flags = TINY | dict(task="translation", output_dir=str(tmp_path), seed=3)
+    argv = to_argv(flags) + ["--compare", "elastic-reset,ppo:kl_coef=0.2,average-after", "--seeds", "2", "--jobs", "2"]
+    assert main(argv) == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert set(record["runs"]) == {"elastic-reset", "ppo:kl_coef=0.2", "average-after"}
+    assert set(record["runs"]["elastic-reset"]) == {"3", "4"}
+    assert record["configs"]["ppo:kl_coef=0.2"]["kl_coef"] == 0.2 and "--compare" in record["command"]
+    assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| elastic-reset |" in summary and summary.strip() in capsys.readouterr().out
+    places = sorted(tmp_path.glob("*/seed*/metrics.jsonl"))
+    before = [place.stat().st_mtime_ns for place in places]
+    assert len(places) == 6 and main(argv) == 0
+    assert before == [place.stat().st_mtime_ns for place in places]
+
+
+def test_a_run_that_fails_is_named(tmp_path, capsys):
+    (tmp_path / "ppo" / "seed0").mkdir(parents=True)
+    (tmp_path / "ppo" / "seed0" / "config.json").write_text("{}")
+    flags = TINY | dict(task="translation", output_dir=str(tmp_path))
+    assert main(to_argv(flags) + ["--compare", "ppo", "--seeds", "1"]) == 2
+    assert "seed0 holds a run with task None, not 'translation'" in capsys.readouterr().err

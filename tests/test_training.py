@@ -1,0 +1,278 @@
+"""Rooms 4 and 6: the loop, checkpoints, interruptions, what a run leaves behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import elastic_reset
+from elastic_reset import METHODS, TranslationGame, configure, to_argv, train
+
+
+def metrics_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def command(flags):
+    return [sys.executable, str(ROOT / "elastic_reset.py"), *to_argv(flags)]
+
+
+def test_files_of_a_run(tiny, tmp_path, capsys):
+    result = train(configure(**tiny))
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "samples.md", "curve.png", "model", "receiver", "checkpoint"}
+    lines = metrics_of(run)
+    assert [(line["update"], line["event"]) for line in lines] == [
+        (0, ""), (2, "before reset"), (2, "after reset"), (4, "before reset"), (4, "after reset"),
+    ]  # fmt: skip
+    assert {"reward", "drift", "bleu_de", "bleu_en", "kl"} <= lines[0].keys()
+    assert lines[0]["kl"] == 0 and json.loads((run / "config.json").read_text())["reset_every"] == 2
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    samples = (run / "samples.md").read_text()
+    assert "- French: " in samples and "- human English: " in samples and "| update | English | German |" in samples
+    printed = capsys.readouterr().out
+    assert "bleu_en" in printed and "nrefs:1|case:mixed|eff:no|tok:13a" in printed and str(run) in printed
+    assert result["start"]["update"] == 0 and result["end"]["event"] == "after reset"
+
+
+def test_models_load_back(tiny, tmp_path):
+    train(configure(**tiny))
+    policy = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    again = configure(**tiny | dict(model=str(tmp_path / "run" / "model"), output_dir=str(tmp_path / "again")))
+    task = TranslationGame(again)
+    for (name, a), b in zip(policy.named_parameters(), task.policy.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert tokenizer("le petit voisin")["input_ids"] == task.tokenizer("le petit voisin")["input_ids"]
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "receiver").config.model_type == "marian"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(tiny, method):
+    result = train(configure(**tiny | dict(method=method)))
+    moved = result["end"]["kl"] != 0
+    assert moved is (method not in ("fixed-sender", "reset-init"))  # the last update ends in a reset
+    if method == "average-after":
+        assert [line["event"] for line in result["history"]][-2:] == ["eta 0.82", "eta 0.91"]
+
+
+def test_a_reset_to_init_ends_at_the_start(tiny):
+    history = train(configure(**tiny | dict(method="reset-init", receiver_learning_rate=0.0)))["history"]
+    start, before, after = history[0], history[-2], history[-1]
+    assert after["reward"] == start["reward"] and after["drift"] == start["drift"] != before["drift"]
+
+
+@pytest.mark.parametrize("rhythm, times", [("update", 4), ("epoch", 8), ("minibatch", 16)])
+def test_ema_update_rhythms(tiny, rhythm, times, monkeypatch):
+    calls = []
+    update = elastic_reset.ElasticReset.update
+    monkeypatch.setattr(elastic_reset.ElasticReset, "update", lambda self: (calls.append(1), update(self)))
+    train(configure(**tiny | dict(ema_update=rhythm)))
+    assert len(calls) == times
+
+
+def test_early_stop(tiny, monkeypatch):
+    steps = []
+    step = elastic_reset.optimizer_step
+    monkeypatch.setattr(elastic_reset, "optimizer_step", lambda *args: (steps.append(args[1]), step(*args))[1])
+    train(configure(**tiny | dict(early_stop_kl=0.0, num_ppo_epochs=4)))
+    policy_steps = [module for module in steps if isinstance(module, elastic_reset.ActorCritic)]
+    assert len(policy_steps) == 4 * 2  # each update ends after its first epoch of two minibatches
+
+
+def test_adaptive_kl_moves_the_coefficient(tiny):
+    history = train(configure(**tiny | dict(kl_target=1e-3, kl_horizon=100)))["history"]
+    assert history[-1]["kl_coef"] != history[1]["kl_coef"]
+
+
+def test_kl_reference_at_the_last_reset(tiny):
+    """After the reset of update 2 the penalty is measured from there: right after it, the KL to the reference is 0."""
+    history = train(configure(**tiny | dict(method="reset-reference", updates=3, eval_every=1)))["history"]
+    kl = [line["kl_reference"] for line in history[1:]]
+    assert kl[0] == 0 and kl[1] != 0 and kl[2] == 0
+
+
+@pytest.mark.parametrize("flags", [{}, dict(kl_reference="reset"), dict(kl_reference="ema", separate_value_model=True)])
+def test_resumed_run_is_identical(tiny, tmp_path, flags, monkeypatch):
+    whole = tiny | flags | dict(kl_target=1.0, output_dir=str(tmp_path / "whole"))
+    train(configure(**whole))
+    part = whole | dict(output_dir=str(tmp_path / "part"))
+
+    class Killed(Exception):
+        pass
+
+    learn = TranslationGame.learn
+    for stop in (2, 3, 4):  # die within update 2, then within update 3, then within update 4
+        calls = iter(range(stop - 1 if stop == 2 else 1))
+
+        def dying(self, *args, calls=calls):
+            if next(calls, None) is None:
+                raise Killed
+            return learn(self, *args)
+
+        monkeypatch.setattr(TranslationGame, "learn", dying)
+        with pytest.raises(Killed):
+            train(configure(**part | dict(resume=True)))
+    monkeypatch.setattr(TranslationGame, "learn", learn)
+    train(configure(**part | dict(resume=True)))
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "part")
+    for name in ("model", "receiver"):
+        a, b = ((tmp_path / run / name / "model.safetensors").read_bytes() for run in ("whole", "part"))
+        assert a == b
+
+
+def test_killed_runs_are_identical_to_unkilled_ones(tiny, tmp_path):
+    """SIGKILL at random moments, start-up and pretraining included; then the same metrics as without."""
+    whole = tiny | dict(output_dir=str(tmp_path / "whole"), updates=30, save_every=3)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(whole), check=True, capture_output=True, env=environment)
+    rng = random.Random(0)
+    for attempt in range(2):
+        part = whole | dict(output_dir=str(tmp_path / f"part{attempt}"), resume=True)
+        process = subprocess.Popen(command(part), stdout=-3, stderr=-3, env=environment)
+        wanted = rng.randrange(1, 12)  # evaluations seen before the kill
+        wait_for(lambda: lines_of(tmp_path / f"part{attempt}") >= wanted or process.poll() is not None)  # noqa: B023
+        process.kill()
+        process.wait()
+        subprocess.run(command(part), check=True, capture_output=True, env=environment)
+        assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / f"part{attempt}")
+
+
+def lines_of(folder):
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the run never came so far"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
+    flags = tiny | dict(updates=400, eval_every=1, save_every=1000)
+    process = subprocess.Popen(command(flags), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: lines_of(tmp_path / "run") >= 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 130 and "--resume true goes on" in errors and "Traceback" not in errors
+    assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
+
+
+def test_second_run_does_not_overwrite_the_first(tiny):
+    train(configure(**tiny))
+    with pytest.raises(ValueError, match="holds a run: --resume true goes on"):
+        train(configure(**tiny))
+    with pytest.raises(ValueError, match="with learning_rate 0.0002, not 0.1"):
+        train(configure(**tiny | dict(resume=True, learning_rate=0.1)))
+    longer = train(configure(**tiny | dict(resume=True, updates=6)))
+    assert longer["end"]["update"] == 6
+
+
+@pytest.mark.parametrize("quantity", ["reward", "loss", "gradient", "receiver_loss"])
+def test_not_finite(tiny, tmp_path, quantity, monkeypatch):
+    if quantity == "reward":
+        monkeypatch.setattr(TranslationGame, "reward", lambda self, prompts, responses: [float("nan")] * len(prompts))
+    else:
+        step = elastic_reset.optimizer_step
+
+        def broken(loss, module, *rest):
+            numbers = step(loss, module, *rest)
+            mine = isinstance(module, elastic_reset.ActorCritic) is not quantity.startswith("receiver")
+            return numbers | ({quantity.removeprefix("receiver_"): float("inf")} if mine else {})
+
+        monkeypatch.setattr(elastic_reset, "optimizer_step", broken)
+    with pytest.raises(FloatingPointError, match=f"update 1: {quantity} is (nan|inf); no checkpoint yet"):
+        train(configure(**tiny))
+
+
+def test_last_good_checkpoint_is_named(tiny, monkeypatch):
+    reward = TranslationGame.reward
+    calls = iter([reward, reward, reward])
+    nan = lambda self, prompts, responses: [float("nan")] * len(prompts)  # noqa: E731
+    monkeypatch.setattr(TranslationGame, "reward", lambda self, *args: next(calls, nan)(self, *args))
+    with pytest.raises(FloatingPointError, match="update 4: reward is nan; the last good checkpoint is that of update 3"):
+        train(configure(**tiny))
+
+
+class Vowels:
+    """A task unlike ours: a decoder that answers from scratch is paid for the letter a."""
+
+    trained, footnote = {}, ""
+    validation_prompts = ["b c", "d"]
+
+    def __init__(self):
+        from transformers import GenerationConfig
+
+        self.tokenizer = elastic_reset.train_tokenizer(["a b c d e"], 0, 16)
+        self.tokenizer.padding_side = "left"
+        torch.manual_seed(0)
+        self.policy = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+        self.policy.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
+
+    def prompts(self, n, update):
+        return (["b c", "d", "e e e"] * n)[:n]
+
+    def reward(self, prompts, responses):
+        return [response.split().count("a") / 6 for response in responses]
+
+    def evaluate(self):
+        batch, texts = elastic_reset.respond(self, self.validation_prompts * 50, configure(response_length=6))
+        return dict(reward=sum(self.reward([], texts)) / 100, drift=-sum(map(len, texts)) / 100)
+
+
+def test_a_users_own_task_learns(tmp_path):
+    config = configure(
+        output_dir=str(tmp_path), updates=30, response_length=6, learning_rate=1e-2, kl_coef=0.0, reset_every=10,
+        batch_size=64, mini_batch_size=32,
+    )  # fmt: skip
+    result = train(config, task=Vowels())
+    assert result["start"]["reward"] < 0.35 and max(line["reward"] for line in result["history"]) > 0.8
+
+
+def test_wrong_number_of_rewards(tmp_path):
+    task = Vowels()
+    task.reward = lambda prompts, responses: [1.0]
+    config = configure(output_dir=str(tmp_path), updates=1, response_length=6, batch_size=4, mini_batch_size=4)
+    task.evaluate = lambda: dict(reward=0.0, drift=0.0)
+    with pytest.raises(ValueError, match="expected one for each of 4"):
+        train(config, task=task)
+
+
+def test_two_processes(tiny, tmp_path):
+    """Two gloo processes share the batch and end with one policy; the run's files are the main process's."""
+    flags = tiny | dict(save_every=4, eval_every=4)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    train(configure(**tiny | dict(updates=1, output_dir=str(tmp_path / "pretrains"))))
+    run = subprocess.run(launch + command(flags)[1:], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert metrics_of(tmp_path / "run")[-1]["update"] == 4
+
+
+def test_learning_of_the_embedded_game(tmp_path):
+    """The default game, shortened: well above the start and above a fixed sender, and the English no less human."""
+    ends = {}
+    for method in ("elastic-reset", "fixed-sender"):
+        flags = dict(task="translation", updates=30, reset_every=15, eval_every=30, save_every=30, eval_size=128)
+        result = train(configure(**flags, method=method, output_dir=str(tmp_path / method)))
+        ends[method] = result["end"]
+    start, end, fixed = result["start"], ends["elastic-reset"], ends["fixed-sender"]
+    assert end["reward"] > fixed["reward"] + 0.1 > start["reward"] + 0.5
+    assert end["bleu_de"] > max(start["bleu_de"], fixed["bleu_de"]) + 20
+    assert end["bleu_en"] > start["bleu_en"] + 20 and end["drift"] <= start["drift"]
+
+
+def test_tiny_flags_are_known():
+    configure(**TINY)
