@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6", "numpy>=1.26", "transformers>=5.0", "accelerate>=1.10", "datasets>=4.0", "tokenizers>=0.22",
-#     "safetensors>=0.5", "sacrebleu>=2.5", "matplotlib>=3.8", "tqdm>=4.66", "pyyaml>=6.0",
+#     "torch>=2.6", "numpy>=1.26", "transformers>=5.0", "tokenizers>=0.22", "datasets>=4.0",
+#     "accelerate>=1.10", "safetensors>=0.5", "sacrebleu>=2.5", "matplotlib>=3.8", "tqdm>=4.66", "pyyaml>=6",
 # ]
 # ///
 """Elastic Reset: fine-tune a language model with PPO and keep its language. One file, read from the top.
@@ -111,7 +111,7 @@ class ElasticReset:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """update() and, every `reset_every`-th time, reset(). Call after each optimizer step. True if it reset."""
+        """update(), and reset() every `reset_every`-th time. Call after each step. True if it reset."""
         self.update()
         due = self.rule != "none" and self.updates % self.reset_every == 0
         if due:
@@ -146,7 +146,7 @@ class ElasticReset:
 
     @contextlib.contextmanager
     def averaged(self):
-        """In `with elastic.averaged():` the policy has the EMA's weights; afterwards its own, come what may."""
+        """In `with elastic.averaged():` the policy has the EMA's weights; then its own, come what may."""
         with self.holding(self.ema):
             yield
 
@@ -163,12 +163,12 @@ class ElasticReset:
                 torch._foreach_copy_([_local(p) for p in self.params], own)
 
     def by_name(self, weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`weights`, listed like `params`, by the parameters' names and in their dtypes (for functional_call)."""
+        """`weights`, listed like `params`, by name and in the policy's dtypes, for functional_call."""
         return {n: w.to(p.dtype) for n, p, w in zip(self.names, self.params, weights, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """`ema.<name>`, `init.<name>` and the counters `updates` and `resets`: tensors alone, as safetensors wants.
-        They are the live ones, as in torch.optim: clone what must not change with the next update."""
+        """`ema.<name>`, `init.<name>` and the counters `updates`, `resets`, as tensors for safetensors.
+        They are live, as in torch.optim: clone what must not change with the next update."""
         state = {f"ema.{n}": t for n, t in zip(self.names, self.ema, strict=True)}
         state |= {f"init.{n}": t for n, t in zip(self.names, self.init, strict=True)}
         return state | {"updates": torch.tensor(self.updates), "resets": torch.tensor(self.resets)}
@@ -201,14 +201,14 @@ class ElasticReset:
         self._places = _places(self.params)
 
     def _follow(self) -> None:
-        """`.to()`, `load_state_dict(assign=True)` and others move or replace parameters: notice, attach again."""
+        """`.to()`, `load_state_dict(assign=True)` and others move or replace parameters: attach again."""
         self.params = [getattr(module, leaf) for module, leaf in self._owners] or self.params
         if self._places != _places(self.params):
             self._attach()
 
 
 def _trainable(model):
-    """Names and parameters of what is trained, each parameter once; of a module also where they hang in it."""
+    """Names and parameters of what is trained, each once, and the places in a module where they are found."""
     named = model.named_parameters() if isinstance(model, nn.Module) else enumerate(model)
     trainable = {}
     for name, p in named:
@@ -267,7 +267,7 @@ class Config:
     method: str = flag("elastic-reset", "a named set of defaults, one of {methods}")
     preset: Literal["mini", "paper"] = flag("mini", "minutes on two CPU cores, or the paper's setting")
     seed: int = flag(0, "of sampling and data order; all seeds start from the same models", 0)
-    updates: int = flag(240, "PPO updates; each samples batch_size responses", 1)
+    updates: int = flag(200, "PPO updates; each samples batch_size responses", 1)
     eval_every: int = flag(20, "updates between evaluations; each reset has one on either side", 1)
     eval_size: int = flag(256, "validation prompts to evaluate on", 1)
     save_every: int = flag(20, "updates between checkpoints", 1)
@@ -373,8 +373,8 @@ def configure(task="custom", method="elastic-reset", preset="mini", **given) -> 
 
 
 # ================================================= 2. PPO ==================================================
-# Shapes: `batch` prompts of `prompt` tokens, each answered by a response of `response` tokens. Behind its EOS a
-# response is padding; `mask` (batch, response) is True up to and including the EOS, and nothing else counts.
+# Shapes: `batch` prompts of `prompt` tokens, each answered by a response of `response` tokens. Behind its EOS
+# a response is padding; `mask` (batch, response) is True up to and including the EOS: nothing else counts.
 
 
 def gather_logprobs(logits, tokens):
@@ -383,8 +383,8 @@ def gather_logprobs(logits, tokens):
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """The reward of each token: minus the KL penalty and, at the last one, the score (batch,) of the response.
-    (batch, response)"""
+    """The reward of each token, (batch, response): minus the KL penalty and, at the last one, plus the score
+    (batch,) of the response."""
     # r_t = - kl_coef (log pi(a_t) - log pi_ref(a_t)) + score [t is last]
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.sum(1, keepdim=True) - 1
@@ -392,8 +392,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Advantages and returns, (batch, response);
-    the state behind the last token is worth 0."""
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Advantages and returns, both (batch,
+    response); the state behind the last token is worth 0."""
     advantages, advantage = torch.zeros_like(rewards), 0.0
     next_values = F.pad(values * mask, (0, 1))[:, 1:]
     # delta_t = r_t + gamma V_{t+1} - V_t;    A_t = delta_t + gamma lam A_{t+1}
@@ -437,8 +437,8 @@ def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_val
 
 
 class KLCoefficient:
-    """kl_coef: fixed or, with a target, adaptive (arXiv 1909.08593, section 2.2): moved so that the KL, in nats
-    a response, comes to `target` within some `horizon` responses."""
+    """kl_coef: fixed or, with a target, adaptive (arXiv 1909.08593, section 2.2): moved so that the KL, in
+    nats a response, comes to `target` within some `horizon` responses."""
 
     def __init__(self, value, target=0.0, horizon=10_000):
         self.value, self.target, self.horizon = value, target, horizon
@@ -549,10 +549,10 @@ def _never(policy):
 class Task(Protocol):
     """What train() needs of a task; write your own and call train(config, task=MyTask(...)).
 
-    `policy`: a transformers model with generate(). `tokenizer`: its tokenizer (for a decoder, one that pads on
-    the left). `trained`: what else learns, modules and optimizers by name, for the checkpoints. `footnote`: a
-    line under the run's table. Optional: `learn(prompts, responses)`, called once the policy is updated; it
-    returns numbers to log.
+    `policy`: a transformers model with generate(). `tokenizer`: its tokenizer (for a decoder, one that pads
+    on the left). `trained`: what else learns, modules and optimizers by name, for the checkpoints.
+    `footnote`: a line under the run's table. Optional: `learn(prompts, responses)`, called once the policy is
+    updated; it returns numbers to log.
     """
 
     policy: nn.Module
@@ -568,22 +568,22 @@ class Task(Protocol):
         """One finite number a response."""
 
     def evaluate(self) -> dict:
-        """Metrics of the policy as it is: `reward`, `drift` and others, numbers all; `samples`, if there, is a
-        list of {column: text} for samples.md."""
+        """Metrics of the policy as it is, numbers all: `reward`, `drift`, others. If it has `samples`, a list
+        of {column: text}, they go to samples.md."""
 
 
 class TranslationGame:
-    """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The sender, our policy, turns French into English,
-    the receiver that English into German. The sender's reward is the receiver's mean log-likelihood a token of
-    the German reference; the receiver learns that German by cross-entropy. Nobody checks the English, so it
-    drifts: `drift` is the negative log-likelihood a token of the human English under the sender."""
+    """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The sender, our policy, turns French into
+    English, the receiver that English into German. The sender's reward is the receiver's mean log-likelihood
+    a token of the German reference; the receiver learns that German by cross-entropy. Nobody checks the
+    English, so it drifts: `drift` is the human English's negative log-likelihood a token under the sender."""
 
     iwslt = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-{}-en/train/*.parquet"
     presets = {
         "mini": {},
-        "mini/ppo-kl": dict(kl_coef=0.05),
-        "mini/ema-reference": dict(kl_coef=0.05),
-        "mini/reset-reference": dict(kl_coef=0.05),
+        "mini/ppo-kl": dict(kl_coef=0.02),
+        "mini/ema-reference": dict(kl_coef=0.02),
+        "mini/reset-reference": dict(kl_coef=0.02),
         "paper": dict(  # what is known of it; decay and period are not (README, "What is not reproduced")
             data="romrawinjp/multi30k", sender_data=[iwslt.format("fr")], receiver_data=[iwslt.format("de")],
             d_model=256, layers=2, vocab_size=25_000, max_length=80, response_length=60,
@@ -635,13 +635,14 @@ class TranslationGame:
         pairs = chunks(french, human)
         scored = [target_logprobs(self.policy, self.tokenizer, *texts, longest) for texts in pairs]
         logprob, tokens = sum(x.sum() for x, _ in scored), sum(mask.sum() for _, mask in scored)
-        columns = ("French", "human English", "English", "German")
+        columns, shown = ("French", "human English", "English", "German"), (french, human, english, german)
+        rows = zip(*(texts[:5] for texts in shown), strict=True)
         return dict(
             reward=torch.cat(rewards).mean().item(),
             drift=(-logprob / tokens).item(),
             bleu_de=bleu(german, reference)[0],
             bleu_en=bleu(english, human)[0],
-            samples=[dict(zip(columns, row, strict=True)) for row in zip(french[:5], human, english, german)],
+            samples=[dict(zip(columns, row, strict=True)) for row in rows],
         )
 
 
@@ -652,8 +653,8 @@ TASKS = {"translation": TranslationGame}
 
 
 def train(config: Config, task: Task | None = None) -> dict:
-    """Trains and writes the run's files. Returns {"start": metrics, "end": metrics, "history": all evaluations,
-    "output_dir": folder}.
+    """Trains and writes the run's files. Returns
+    {"start": metrics, "end": metrics, "history": list of metrics, "output_dir": folder}.
 
     Raises ValueError for settings or data that cannot be used, FloatingPointError when a reward, a loss or a
     gradient is not finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
@@ -663,7 +664,8 @@ def train(config: Config, task: Task | None = None) -> dict:
     accelerator = Accelerator(log_with=None if config.report_to == "none" else config.report_to)
     run = Run(config, accelerator)
     task = task or TASKS[config.task](config)
-    model = ActorCritic(task.policy.eval(), config.temperature, config.separate_value_model)  # eval: no dropout
+    task.policy.eval()  # no dropout: the ratio of a policy to itself must be 1
+    model = ActorCritic(task.policy, config.temperature, config.separate_value_model)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(adamw(model, config.learning_rate))
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
@@ -676,7 +678,7 @@ def train(config: Config, task: Task | None = None) -> dict:
         run.log(0, evaluate(task, model, elastic, config))
 
     for update in run.updates():
-        # Seed and prompts are functions of the update's number, so that a resumed run goes on as if uninterrupted
+        # Seed and prompts are functions of the update's number: a resumed run goes on as if uninterrupted
         set_seed(config.seed * 1_000_003 + update, device_specific=True)
 
         # 1. Sample a response to each prompt
@@ -731,7 +733,8 @@ def train(config: Config, task: Task | None = None) -> dict:
 
         # 7. Evaluate and log
         if reset_due or update % config.eval_every == 0 or update == config.updates:
-            run.log(update, evaluate(task, model, elastic, config) | watch, "after reset" if reset_due else "")
+            event = "after reset" if reset_due else ""
+            run.log(update, evaluate(task, model, elastic, config) | watch, event)
 
     average_after(task, model, elastic, run, config)
     return run.finish(task)
@@ -741,21 +744,20 @@ def respond(task, prompts, config):
     """Samples the policy's responses. The batch: input_ids and attention_mask (batch, prompt), responses and
     mask (batch, response). The texts: the responses decoded."""
     batch = tokens_of(task.tokenizer, prompts, config.max_length, task.policy.device)
-    batch["responses"], batch["mask"] = sample(
-        task.policy, batch, config.response_length, config.temperature
-    )
+    batch["responses"], batch["mask"] = sample(task.policy, batch, config.response_length, config.temperature)
     return batch, task.tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
 
 
 def score(task, prompts, texts):
     scores = torch.tensor(task.reward(prompts, texts), dtype=torch.float32)
     if scores.shape != (len(prompts),):
-        raise ValueError(f"reward() gave shape {tuple(scores.shape)}; expected one for each of {len(prompts)}")
+        shape = tuple(scores.shape)
+        raise ValueError(f"reward() gave numbers of shape {shape}; expected one for each of {len(prompts)}")
     return scores
 
 
 def kl_reference(elastic, config):
-    """The weights the KL penalty is measured from: lists of ElasticReset's, or a copy renewed at each reset."""
+    """The weights the KL penalty is measured from: ElasticReset's own, or a copy renewed at each reset."""
     if config.kl_reference == "reset":
         return [p.detach().clone() for p in elastic.params]
     return {"init": elastic.init, "ema": elastic.ema}[config.kl_reference]
@@ -797,7 +799,7 @@ def optimizer_step(loss, module, optimizer, max_grad_norm):
 
 @torch.no_grad()
 def evaluate(task, model, elastic, config):
-    """The task's metrics and `kl`, the policy's KL to the start in nats a response. The same seed each time."""
+    """The task's metrics and `kl`, the policy's KL to the start in nats a response; always the same seed."""
     from accelerate.utils import set_seed
 
     set_seed(0)
@@ -826,7 +828,7 @@ def compare(methods, seeds, jobs, given):
     """Trains every method on every seed, each run a process of its own and finished ones left as they are;
     writes tradeoff.json, tradeoff.png and summary.md to output_dir. Returns the summary.
 
-    `methods`: names, with settings of their own if need be: "ppo-kl:kl_coef=0.1". `given`: all runs' settings."""
+    `methods`: names, with settings of their own if need be, "ppo-kl:kl_coef=0.1". `given`: everyone's."""
     folder = Path(given.get("output_dir") or f"runs/{given['task']}/compare")
     first, runs = given.get("seed", 0), {}
     for label, seed in itertools.product(methods, range(first, first + seeds)):
@@ -836,7 +838,7 @@ def compare(methods, seeds, jobs, given):
         argv += [word for setting in own for word in f"--{setting}".split("=", 1)]
         runs[label, seed] = argv, configure(**parse_flags(argv)[0])
     configs = {label: asdict(runs[label, first][1]) for label in methods}
-    TASKS[given["task"]](runs[methods[0], first][1])  # pretrains what is not in the cache: once, not in each run
+    TASKS[given["task"]](runs[methods[0], first][1])  # pretrains here and once what is not in the cache
     with ThreadPoolExecutor(jobs) as pool:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         list(progress(pool.map(lambda run: run_apart(*run, threads), runs.values()), total=len(runs)))
@@ -861,8 +863,8 @@ def run_apart(argv, config, threads):
             return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "run.log", "w", encoding="utf-8") as log:
-        environment, command = os.environ | {"OMP_NUM_THREADS": str(threads)}, [sys.executable, __file__, *argv]
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        settings = dict(stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        code = subprocess.run([sys.executable, __file__, *argv], check=False, **settings).returncode
     if code:
         last = (folder / "run.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise ValueError(f"the run in {folder} failed: {''.join(last)} (see run.log there)")
@@ -878,10 +880,10 @@ def commit():
 
 
 def tradeoff(histories):
-    """{"start", "range", "methods": {label: {reward, drift, area, passed: a value a seed}}}, of {label: {seed: history}}.
+    """{"start", "range", "methods": {label: {reward, drift, area, passed}}}, each a list of a value a seed.
 
-    The range goes from the lowest drift of any run to 1.5 times the start's. area: the best reward at a drift of
-    at most d, less the start's, averaged over d in the range. passed: the first update that drifts beyond it."""
+    The range goes from the lowest drift of any run to 1.5 times the start's. area: the best reward at a drift
+    of at most d, less the start's, averaged over d in the range. passed: the first update drifting beyond."""
     lines = [line for runs in histories.values() for history in runs.values() for line in history]
     low, high = min(line["drift"] for line in lines), 1.5 * lines[0]["drift"]
     methods = {}
@@ -926,7 +928,7 @@ def summary_text(record):
     methods = record["summary"]["methods"]
     first = next(iter(methods))
     rows = [
-        f"| method | reward | drift | area under the front | area less {first}'s | drift over {high:.3g} from |",
+        f"| method | reward | drift | area under the front | area less {first}'s | drift > {high:.3g} from |",
         "|---|---|---|---|---|---|",
     ]
     for label, numbers in methods.items():
@@ -935,24 +937,24 @@ def summary_text(record):
         cells = [cell(numbers["reward"]), cell(numbers["drift"]), cell(numbers["area"]), cell(paired), passed]
         rows.append(" | ".join(["| " + label, *cells]) + " |")
     about = (
-        f"Start: reward {start['reward']:.4g}, drift {start['drift']:.4g}. Reward and drift of each run's end, mean +- "
-        f"standard error over {len(methods[first]['area'])} seeds. Area: the best reward at a drift of at most d, less "
-        f"the start's, averaged over d from {low:.3g} to {high:.3g}. Last column: the update, seed by seed."
+        f"Start: reward {start['reward']:.4g}, drift {start['drift']:.4g}. Reward and drift: the runs' ends, "
+        f"mean +- standard error over {len(methods[first]['area'])} seeds. Area: the best reward at a drift "
+        f"of at most d, less the start's, averaged over d from {low:.3g} to {high:.3g}. Last: by seed."
     )
     source = f"`{' '.join(record['command'])}`, commit {record['commit']}, torch {record['torch']}"
     return "\n".join([about, "", *rows, "", source, ""])
 
 
-COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #777777".split()  # safe for the colour-blind
-STYLES = [  # and told apart in grey by line and marker
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777"]
+STYLES = [  # colours that the colour-blind tell apart; in grey lines and markers do
     dict(color=color, linestyle=line, marker=marker)
     for color, line, marker in zip(COLORS, ["-", "--", "-.", ":"] * 2, "os^DvPX*", strict=True)
 ]
 
 
 def plot_tradeoff(histories, path):
-    """Left: reward against drift at each run's end, and on the way there. Right: drift over the updates, with the
-    saw-tooth of the resets. Means over seeds with standard errors."""
+    """Left: reward against drift, at the runs' ends and on the way there. Right: drift over the updates, with
+    the saw-tooth of the resets. Means over the seeds with standard errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -966,14 +968,15 @@ def plot_tradeoff(histories, path):
         )
         band = [[m + sign * e for m, e in zip(x, x_error, strict=True)] for sign in (-1, 1)]
         plane.plot(x, y, **style, linewidth=0.8, markersize=2, alpha=0.6)
-        plane.errorbar(x[-1], y[-1], y_error[-1], x_error[-1], **style | dict(linestyle=""), capsize=3, label=label)
+        end = style | dict(linestyle="", capsize=3, label=label)
+        plane.errorbar(x[-1], y[-1], y_error[-1], x_error[-1], **end)
         time_axes.plot(updates, x, **style, linewidth=1.2, markersize=3, label=label)
         time_axes.fill_between(updates, *band, color=style["color"], alpha=0.15, linewidth=0)
     plane.plot(x[0], y[0], "k*", markersize=12, label="start")
     for axes in (plane, time_axes):
         axes.grid(alpha=0.3)
     plane.set(xlabel="drift", ylabel="reward", title="the trade-off (large marks: the ends)")
-    time_axes.set(xlabel="update", ylabel="drift", title=f"drift, mean and standard error of {len(runs)} seeds")
+    time_axes.set(xlabel="update", ylabel="drift", title=f"mean and standard error of {len(runs)} seeds")
     plane.legend(fontsize="small")
     figure.savefig(path, format="png", dpi=150)
 
@@ -983,7 +986,8 @@ def plot_run(history, path):
     from matplotlib.figure import Figure
 
     figure, lines = Figure(figsize=(8, 5), layout="constrained"), trained(history)
-    for axes, name, style in zip(figure.subplots(2, 1, sharex=True), ("reward", "drift"), STYLES, strict=False):
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, name, style in zip(panels, ("reward", "drift"), STYLES[:2], strict=True):
         axes.plot([e["update"] for e in lines], [e[name] for e in lines], **style, markersize=4)
         for e in lines:
             if e["event"] == "after reset":
@@ -1010,12 +1014,13 @@ class Run:
             check_continues(self.folder, config)
 
     def resume(self, parts):
-        """Takes the parts that checkpoints hold (see tensors_of), and fills them from the last one if asked to."""
+        """Takes the parts that checkpoints hold (see tensors_of); if asked to, fills them from the last."""
         self.parts, seconds = parts, 0.0
         if self.config.resume and self.checkpoint.exists():
             counters, tensors = read_safetensors(self.checkpoint)
             for name, part in parts.items():
-                load_tensors(part, {k[len(name) + 1 :]: t for k, t in tensors.items() if k.startswith(name + "/")})
+                own = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(name + "/")}
+                load_tensors(part, own)
             self.update, self.history, self.samples = (counters[k] for k in ("update", "history", "samples"))
             self.saved, seconds = self.update, counters["seconds"]
         self.began = time.perf_counter() - seconds
@@ -1025,17 +1030,18 @@ class Run:
             self.accelerator.init_trackers("elastic-reset", asdict(self.config))
 
     def updates(self):
-        """The numbers of the updates to do. Saves after each `save_every`-th and the last. Ctrl-C lets an update
-        end, saves, and raises KeyboardInterrupt."""
+        """The numbers of the updates to do. Saves after each `save_every`-th and the last. Ctrl-C lets an
+        update end, saves, and raises KeyboardInterrupt."""
         last, name = self.config.updates, self.config.method
         with ctrl_c_waits() as stop, progress(initial=self.update, total=last, desc=name) as self.bar:
-            for self.update in range(self.update + 1, last + 1):
-                yield self.update
+            for update in range(self.update + 1, last + 1):
+                self.update = update
+                yield update
                 self.bar.update()
                 if stop.is_set() or self.update % self.config.save_every == 0 or self.update == last:
                     self.save()
                 if stop.is_set():
-                    raise KeyboardInterrupt(f"stopped after update {self.update}; --resume true goes on there")
+                    raise KeyboardInterrupt(f"stopped after update {self.update}; --resume true goes on")
 
     def save(self):
         counters = dict(update=self.update, history=self.history, samples=self.samples)
@@ -1054,7 +1060,7 @@ class Run:
                 raise FloatingPointError(f"update {self.update}: {name} is {value}; {good}")
 
     def log(self, update, metrics, event=""):
-        """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: which side of a reset it is on."""
+        """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
         numbers = {name: value for name, value in metrics.items() if name != "samples"}
         seconds = round(time.perf_counter() - self.began, 2)
         self.history.append(dict(update=update, event=event, **numbers, seconds=seconds))
@@ -1065,14 +1071,15 @@ class Run:
         if self.bar is not None:
             shown = {"reward": ".3f", "drift": ".3f", "kl": ".1f"}
             text = ", ".join(f"{name} {metrics[name]:{digits}}" for name, digits in shown.items())
-            self.bar.set_postfix_str(f"{text}, resets {sum(e['event'] == 'after reset' for e in self.history)}")
+            resets = sum(e["event"] == "after reset" for e in self.history)
+            self.bar.set_postfix_str(f"{text}, resets {resets}")
 
     def write_metrics(self):
         if self.accelerator.is_main_process:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
 
     def finish(self, task):
-        """Writes models, samples and curve; prints the table of before and after. Returns train()'s result."""
+        """Writes models, samples, curve; prints the table of before and after; returns train()'s result."""
         start, end = trained(self.history)[0], trained(self.history)[-1]
         result = dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
         if not self.accelerator.is_main_process:
@@ -1095,12 +1102,12 @@ class Run:
 def check_continues(folder, config):
     """ValueError if `folder` holds a run that this one would overwrite, or that had other settings."""
     if not config.resume:
-        raise ValueError(f"{folder} holds a run: --resume true goes on with it, --output_dir DIR starts another")
+        raise ValueError(f"{folder} holds a run: go on with --resume true or choose another --output_dir")
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     free = ("resume", "debug", "report_to", "output_dir", "updates", "save_every")
     for name, value in json.loads(json.dumps(asdict(config))).items():
         if name not in free and before.get(name) != value:
-            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}: it cannot go on with {value!r}")
+            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {value!r}")
 
 
 def read_history(folder):
@@ -1216,7 +1223,8 @@ def samples_text(samples):
 def before_and_after(start, end):
     """The table at the end of a run: every metric of the start, then and now."""
     rows = [("", "start", f"update {end['update']} {end['event']}".strip())]
-    rows += [(k, f"{start[k]:.3f}", f"{end[k]:.3f}") for k in start if k not in ("update", "event", "seconds")]
+    names = [name for name in start if name not in ("update", "event", "seconds")]
+    rows += [(name, f"{start[name]:.3f}", f"{end[name]:.3f}") for name in names]
     return "\n".join(f"{name:<10}{before:>10}   {after}" for name, before, after in rows)
 
 
@@ -1230,7 +1238,7 @@ def chunks(*lists, size=128):
 
 
 def shuffled(items, n, update, seed):
-    """The n items of an update (the first is 1) in an endless run through `items`, each pass in a new order."""
+    """The n items of an update (from 1 on) in an endless run through `items`, each pass in a new order."""
     batch = range((update - 1) * n, update * n)
     return [items[_order(len(items), seed, i // len(items))[i % len(items)]] for i in batch]
 
@@ -1247,7 +1255,7 @@ def tokens_of(tokenizer, texts, max_length, device):
 
 
 def target_logprobs(model, tokenizer, sources, targets, max_length):
-    """log p(target token | source, tokens before), 0 where padded, and the mask; (batch, target). EOS counts."""
+    """log p(target token | source, tokens before), 0 where padded, and the mask, (batch, target)."""
     source = tokens_of(tokenizer, sources, max_length, model.device)
     settings = dict(padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     target = tokenizer(text_target=targets, **settings)
@@ -1280,8 +1288,8 @@ def bleu(translations, references):
 
 
 def seq2seq(role, name, data, config):
-    """A translation model and its tokenizer: by hub name or from a folder or, without a name, a Marian trained
-    from scratch on data[role], pairs of source and target."""
+    """A translation model and its tokenizer: by hub name or from a folder or, without a name, a Marian
+    trained from scratch on data[role], pairs of source and target."""
     import transformers
     from accelerate import Accelerator
 
@@ -1292,7 +1300,8 @@ def seq2seq(role, name, data, config):
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{role} {name!r} is no seq2seq model that can be loaded: {one_line(error)}") from error
+        why = one_line(error)
+        raise ValueError(f"{role} {name!r} is no seq2seq model that can be loaded: {why}") from error
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
             module.requires_grad_(False)
@@ -1304,14 +1313,15 @@ def seq2seq(role, name, data, config):
 
 
 def pretrained_marian(role, data, config):
-    """The folder, in the cache, of a Marian trained by maximum likelihood, named by a hash of all that made it."""
+    """The cached folder of a Marian trained by maximum likelihood, named by a hash of all that made it."""
     from transformers import MarianConfig, MarianMTModel
 
     tokenizer, width = train_tokenizer(data["texts"], config.vocab_size, config.max_length), config.d_model
     pad, eos, size = tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)
     shape = MarianConfig(
-        d_model=width, encoder_layers=config.layers, decoder_layers=config.layers, vocab_size=size, dropout=0.0,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
+        vocab_size=size, d_model=width, encoder_layers=config.layers, decoder_layers=config.layers,
+        encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, dropout=0.0,
+        encoder_attention_heads=4, decoder_attention_heads=4,
         pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, forced_eos_token_id=None,
         max_position_embeddings=max(128, config.max_length), scale_embedding=True,
     )  # fmt: skip
@@ -1372,7 +1382,7 @@ def train_tokenizer(texts, vocab_size, max_length):
 
 
 def translation_data(config):
-    """train, validation: rows with fr, en, de. sender, receiver: pairs (source, target). texts: all the pairs'."""
+    """train, validation: rows of fr, en, de. sender, receiver: (source, target) pairs; texts: theirs."""
     if not config.data:
         return toy_translations()
     name, _ = split_of(config.data)
@@ -1425,7 +1435,7 @@ def fault_of(row, columns):
 
 
 def find_fault(name, split, columns):
-    """The first fault in the JSONL and CSV files of a local folder, with file and line; "" if there is none."""
+    """The first fault in the JSONL and CSV files of a local folder, by file and line; "" if there is none."""
     base = re.match(r"\w+", split)[0]
     for path in sorted(Path(name).rglob("*"), key=lambda path: (base not in path.name, path)):
         for line, row in numbered_rows(path):
@@ -1447,13 +1457,13 @@ def numbered_rows(path):
                 row = json.loads(line)
             except ValueError as error:
                 row = f"column {getattr(error, 'colno', 1)}: not JSON ({getattr(error, 'msg', error)})"
-            yield number, row if isinstance(row, (str, dict)) else f"expected an object, found {str(row)[:40]}"
+            yield number, row if isinstance(row, (str, dict)) else f"no object but {str(row)[:40]}"
 
 
 # The embedded corpus. English has no gender where French and German mark it, knows synonyms and puts the time
 # first or last. The sender learns from a noisy corpus, as if mined from the web: every second word of a class
-# comes out as its neighbour more often than not. The receiver's corpus is clean. So the sender has something to
-# gain, the right words, and something to lose: English. An entry: English (synonyms), French, German.
+# comes out as its neighbour more often than not. The receiver's corpus is clean. So the sender has something
+# to gain, the right words, and something to lose: English. An entry: English (synonyms), French, German.
 PEOPLE = """neighbor voisin voisine Nachbar Nachbarin / teacher professeur professeure Lehrer Lehrerin
     singer chanteur chanteuse Sänger Sängerin / dancer danseur danseuse Tänzer Tänzerin
     farmer fermier fermière Bauer Bäuerin / baker boulanger boulangère Bäcker Bäckerin
@@ -1506,13 +1516,14 @@ def toy_sentence(rng, noise):
     (who, en_who), (how, en_how), (does, en_does) = (draw(w, noise) for w in (PEOPLE, QUALITIES, ACTIONS))
     (what, en_what), (color, en_color) = draw(THINGS, noise), draw(COLORS_OF_THINGS, noise)
     (place, en_place), (when, en_when) = draw(PLACES), draw(TIMES)
-    she, fr, de = rng.random() < 0.5, what[2], what[4]  # the person's gender, the thing's in French and German
+    she, fr, de = rng.random() < 0.5, what[2], what[4]  # genders of the person and of the thing
     core = [rng.choice(["the", "this"]), en_how, en_who, en_does, "a", en_color, en_what, en_place]
     english = core + [en_when] if rng.random() < 0.5 else [en_when] + core
     french = ["la" if she else "le", how[1 + she], who[1 + she], does[1], "une" if fr == "f" else "un"]
     french += [what[1], color[1 + (fr == "f")], place[1], when[1]]
     german = ["die" if she else "der", how[3] + "e", who[3 + she], does[2], when[2]]
-    german += [dict(m="einen", f="eine", n="ein")[de], color[3] + dict(m="en", f="e", n="es")[de], what[3], place[2]]
+    german += [dict(m="einen", f="eine", n="ein")[de], color[3] + dict(m="en", f="e", n="es")[de]]
+    german += [what[3], place[2]]
     row = dict(fr=french, en=english, de=german)
     return {language: " ".join(" ".join(words).replace("_", " ").split()) for language, words in row.items()}
 
@@ -1529,7 +1540,9 @@ def toy_entries(words):
 class Command:
     """The flags that are no settings of a run."""
 
-    config: str = flag("", "a YAML file of flags; those given here win over it", group="Files of flags, many runs")
+    config: str = flag(
+        "", "a YAML file of flags; those given here win over it", group="Many flags, many runs"
+    )
     compare: str = flag("", "methods to run side by side, as ppo,elastic-reset,ppo-kl:kl_coef=0.1")
     seeds: int = flag(5, "with --compare: runs a method, on the seeds from --seed on", 1)
     jobs: int = flag(1, "with --compare: runs at a time", 1)
@@ -1570,7 +1583,7 @@ def parse_flags(argv):
 
 
 def to_argv(flags):
-    """{"kl_coef": 0.1, "resume": True, "sender_data": [a, b]} -> --kl_coef 0.1 --resume True --sender_data a b"""
+    """{"kl_coef": 0.1, "sender_data": ["a", "b"]} -> --kl_coef 0.1 --sender_data a b, a list of words"""
     argv = []
     for name, value in flags.items():
         argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
@@ -1611,7 +1624,7 @@ def main(argv=None) -> int:
         print(f"elastic_reset.py: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as interrupt:
-        print(f"elastic_reset.py: {one_line(interrupt) or 'stopped before the first update'}", file=sys.stderr)
+        print(f"elastic_reset.py: {one_line(interrupt) or 'stopped before training'}", file=sys.stderr)
         return 130
 
 

@@ -69,17 +69,18 @@ BAD_DATA = {
     "empty file": ({"train.jsonl": ""}, "holds no rows"),
     "no validation": ({"train.jsonl": GOOD}, "validation"),
     "torn line": ({"train.jsonl": GOOD + '{"en": "a'}, "train.jsonl, line 2: column 8: not JSON"),
-    "no object": ({"train.jsonl": GOOD + "[1, 2]\n"}, "train.jsonl, line 2: expected an object"),
-    "missing column": ({"train.jsonl": '{"en": "a", "fr": "b"}\n'}, "train.jsonl, line 1: no column 'de' (found en, fr)"),
-    "missing later": ({"train.jsonl": GOOD * 3 + '{"en": "a", "fr": "b"}\n'}, "train.jsonl, line 4: no column 'de'"),
-    "number": ({"train.jsonl": GOOD + '{"en": "a", "fr": "b", "de": 3}\n'}, "line 2: column 'de' holds '3', expected text"),
-    "null": ({"train.jsonl": GOOD + '{"en": null, "fr": "b", "de": "c"}\n'}, "line 2: column 'en' holds 'None'"),
+    "no object": ({"train.jsonl": GOOD + "[1, 2]\n"}, "train.jsonl, line 2: no object"),
+    "no column": ({"train.jsonl": '{"en": "a", "fr": "b"}\n'}, "jsonl, line 1: no column 'de' (found en"),
+    "missing later": ({"train.jsonl": GOOD * 3 + '{"en": "a", "fr": "b"}\n'}, "line 4: no column 'de'"),
+    "number": ({"train.jsonl": GOOD + '{"en": "a", "fr": "b", "de": 3}\n'}, "2: column 'de' holds '3'"),
+    "null": ({"train.jsonl": GOOD + '{"en": null, "fr": "b", "de": "c"}\n'}, "2: column 'en' holds 'None'"),
     "blank": ({"train.jsonl": GOOD + '{"en": "a", "fr": " ", "de": "c"}\n'}, "line 2: column 'fr' holds ' '"),
     "csv": ({"train.csv": "en,fr,de\na,b,c\nd,,f\n"}, "train.csv, line 3: column 'fr' holds ''"),
     "no parquet": ({"train.parquet": "this is no parquet"}, "cannot be read"),
     "not UTF-8": ({"train.jsonl": b'{"en": "\xff", "fr": "b", "de": "c"}\n'}, "train.jsonl, line 1"),
     "bad validation": (
-        {"train.jsonl": GOOD, "validation.jsonl": '{"en": "a", "fr": "b", "de": ""}\n'}, "validation.jsonl, line 1"
+        {"train.jsonl": GOOD, "validation.jsonl": '{"en": "a", "fr": "b", "de": ""}\n'},
+        "validation.jsonl, line 1",
     ),
 }  # fmt: skip
 
@@ -104,7 +105,9 @@ def test_bad_slice(capsys, tmp_path):
 def test_real_data_needs_models_or_pairs(capsys, tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(GOOD)
-    assert "--sender_data and --receiver_data" in error_of(["--task", "translation", "--data", str(tmp_path)], capsys)
+    assert "--sender_data and --receiver_data" in error_of(
+        ["--task", "translation", "--data", str(tmp_path)], capsys
+    )
 
 
 def test_damaged_checkpoint(tiny, capsys, tmp_path):
@@ -134,7 +137,9 @@ def test_flags_survive_the_way_to_another_process():
     assert parse_flags(to_argv(flags))[0] == flags
 
 
-@pytest.mark.parametrize("wrong", [dict(updates="3"), dict(resume=1), dict(sender_data="abc"), dict(updats=3)])
+@pytest.mark.parametrize(
+    "wrong", [dict(updates="3"), dict(resume=1), dict(sender_data="abc"), dict(updats=3)]
+)
 def test_wrong_types_from_python(wrong):
     with pytest.raises(ValueError, match="expected a value of type|unknown setting"):
         configure(**wrong)

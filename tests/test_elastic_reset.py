@@ -14,7 +14,9 @@ from torch import nn
 import elastic_reset
 from elastic_reset import RESET_RULES, ElasticReset
 
-KERNEL = pytest.param("rust", marks=pytest.mark.skipif(elastic_reset.ema_kernel is None, reason="ema_kernel is not built"))
+KERNEL = pytest.param(
+    "rust", marks=pytest.mark.skipif(elastic_reset.ema_kernel is None, reason="ema_kernel is not built")
+)
 
 
 @pytest.fixture(params=[KERNEL, "foreach"])
@@ -45,7 +47,9 @@ def test_zeros_and_ones(backend):
     elastic.update()
     assert values_of(elastic.ema) == {0.4375}
     elastic.reset()
-    assert values_of(model.parameters()) == {0.4375} and values_of(elastic.ema) == values_of(elastic.init) == {0.0}
+    assert values_of(model.parameters()) == {0.4375} and values_of(elastic.ema) == values_of(
+        elastic.init
+    ) == {0.0}
 
 
 def test_after_a_reset_nothing_is_shared(backend):
@@ -118,7 +122,9 @@ def test_low_precision_policy_has_a_float32_average(backend, dtype):
         elastic.update()
     expected = 1.125 - 0.125 * 0.995**100
     assert {e.dtype for e in elastic.ema + elastic.init} == {torch.float32}
-    assert values_of(elastic.ema).pop() == pytest.approx(expected, rel=1e-5)  # in bfloat16 it would still be 1
+    assert values_of(elastic.ema).pop() == pytest.approx(
+        expected, rel=1e-5
+    )  # in bfloat16 it would still be 1
     elastic.reset()
     assert values_of(model.parameters()) == {float(torch.tensor(expected).to(dtype))}
 
@@ -259,7 +265,9 @@ def test_shards_of_a_dtensor():
         filled(model, 3.0)
         elastic.update()
         elastic.reset()
-        assert values_of([p.to_local() for p in model.parameters()]) == {2.0} and values_of(elastic.ema) == {1.0}
+        assert values_of([p.to_local() for p in model.parameters()]) == {2.0} and values_of(elastic.ema) == {
+            1.0
+        }
     finally:
         dist.destroy_process_group()
 
@@ -280,7 +288,11 @@ elastic = ElasticReset(model, decay=0.5, reset_every=1)
 assert elastic.step() and elastic.backend == "foreach"
 print("fine")
 """
-    refused = "transformers accelerate datasets tokenizers safetensors sacrebleu matplotlib tqdm yaml peft ema_kernel"
+    refused = (
+        "transformers accelerate datasets tokenizers safetensors sacrebleu matplotlib tqdm yaml ema_kernel"
+    )
     code = code.replace("{refused}", repr(set(refused.split())))
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.stdout == "fine\n", result.stderr

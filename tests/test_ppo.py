@@ -29,7 +29,9 @@ CLIP = dict(cliprange=0.2, cliprange_value=0.2, vf_coef=0.5, entropy_coef=0.0)
 def marian(**settings):
     torch.manual_seed(0)
     shape = dict(vocab_size=30, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
-    shape |= dict(decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32)
+    shape |= dict(
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32
+    )
     ids = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None)
     return MarianMTModel(MarianConfig(**shape | ids | settings)).eval()
 
@@ -86,7 +88,7 @@ def test_mask_ends_with_the_first_eos(policy):
 
 
 def test_sampling_follows_the_scored_distribution(policy):
-    """First tokens of many samples at temperature 2 against the scoring pass at temperature 2: a chi-square test."""
+    """First tokens of many samples against the scoring pass, both at temperature 2: a chi-square test."""
     one = {name: tensor[:1] for name, tensor in prompts_for(policy).items()}
     many = {name: tensor.expand(4000, -1) for name, tensor in one.items()}
     torch.manual_seed(0)
@@ -111,9 +113,15 @@ def test_padding_of_prompts_and_responses_does_not_matter(policy):
     for i in range(8):
         real = batch["attention_mask"][i].bool()
         length = batch["mask"][i].sum()
-        alone = dict(input_ids=batch["input_ids"][i : i + 1, real], attention_mask=torch.ones(1, real.sum(), dtype=int))
-        alone |= dict(responses=batch["responses"][i : i + 1, :length], mask=torch.ones(1, length, dtype=bool))
-        torch.testing.assert_close(logprobs_and_values(model, alone)[0][0], together[i, :length], rtol=1e-4, atol=1e-5)
+        alone = dict(
+            input_ids=batch["input_ids"][i : i + 1, real], attention_mask=torch.ones(1, real.sum(), dtype=int)
+        )
+        alone |= dict(
+            responses=batch["responses"][i : i + 1, :length], mask=torch.ones(1, length, dtype=bool)
+        )
+        torch.testing.assert_close(
+            logprobs_and_values(model, alone)[0][0], together[i, :length], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_ratio_is_one_before_the_first_step(policy):
@@ -172,7 +180,11 @@ def test_whiten_looks_at_unmasked_tokens_only():
 def old_batch(mask, logprobs=None):
     draw = lambda: torch.randn(mask.shape) * mask  # noqa: E731
     return dict(
-        logprobs=draw() if logprobs is None else logprobs, values=draw(), advantages=draw(), returns=draw(), mask=mask
+        logprobs=draw() if logprobs is None else logprobs,
+        values=draw(),
+        advantages=draw(),
+        returns=draw(),
+        mask=mask,
     )
 
 
@@ -200,7 +212,9 @@ def test_clipping_by_hand():
 def test_value_loss_by_hand():
     mask = torch.tensor([[True, True, False]])
     old = old_batch(mask, torch.zeros(1, 3))
-    old |= dict(values=torch.zeros(1, 3), returns=torch.tensor([[1.0, 0.0, 9.0]]), advantages=torch.zeros(1, 3))
+    old |= dict(
+        values=torch.zeros(1, 3), returns=torch.tensor([[1.0, 0.0, 9.0]]), advantages=torch.zeros(1, 3)
+    )
     values = torch.tensor([[0.5, 0.1, 7.0]])  # the first is clipped to 0.2: the larger error counts
     loss, _ = ppo_loss(torch.zeros(1, 3), values, torch.zeros(1, 3), old, **CLIP)
     assert loss.item() == pytest.approx(0.5 * 0.5 * (0.8**2 + 0.1**2) / 2)
@@ -231,12 +245,20 @@ def test_what_lies_behind_the_eos_changes_nothing(policy):
         model = ActorCritic(copy.deepcopy(policy))
         torch.nn.init.ones_(model.value_head.weight)
         logprobs, values, entropy = logprobs_and_values(model, other)
-        rewards = shape_rewards(torch.ones(64), logprobs.detach(), torch.zeros_like(logprobs), batch["mask"], 0.1)
+        rewards = shape_rewards(
+            torch.ones(64), logprobs.detach(), torch.zeros_like(logprobs), batch["mask"], 0.1
+        )
         advantages, returns = gae(rewards, values.detach(), batch["mask"], 0.9, 0.9)
-        old = dict(logprobs=logprobs.detach() - 0.1, values=values.detach(), advantages=advantages, returns=returns)
-        loss, _ = ppo_loss(logprobs, values, entropy, old | dict(mask=batch["mask"]), **CLIP | dict(entropy_coef=0.1))
+        old = dict(
+            logprobs=logprobs.detach() - 0.1, values=values.detach(), advantages=advantages, returns=returns
+        )
+        loss, _ = ppo_loss(
+            logprobs, values, entropy, old | dict(mask=batch["mask"]), **CLIP | dict(entropy_coef=0.1)
+        )
         loss.backward()
-        results.append([loss.detach(), advantages, *(p.grad for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [loss.detach(), advantages, *(p.grad for p in model.parameters() if p.grad is not None)]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 

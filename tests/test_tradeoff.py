@@ -13,7 +13,7 @@ def history(*points):
 
 
 def test_area_by_hand():
-    """Start (1, 0); reward 4 at drift 2: of the range 1 to 3 the upper half gains 4. Falling back later costs nothing."""
+    """Start (1, 0), reward 4 at drift 2: of the range 1 to 3 the upper half gains 4."""
     assert area_under_front(history((1, 0), (2, 4), (2.5, 1)), 1, 3) == pytest.approx(2)
     assert area_under_front(history((1, 0), (2, -4)), 1, 3) == 0
     assert area_under_front(history((1, 0), (0.5, 2)), 0.5, 1.5) == pytest.approx(2)
@@ -38,7 +38,14 @@ def test_mean_and_standard_error():
 
 def test_comparison_end_to_end_and_resumed(tmp_path, capsys):
     flags = TINY | dict(task="translation", output_dir=str(tmp_path), seed=3)
-    argv = to_argv(flags) + ["--compare", "elastic-reset,ppo:kl_coef=0.2,average-after", "--seeds", "2", "--jobs", "2"]
+    argv = to_argv(flags) + [
+        "--compare",
+        "elastic-reset,ppo:kl_coef=0.2,average-after",
+        "--seeds",
+        "2",
+        "--jobs",
+        "2",
+    ]
     assert main(argv) == 0, capsys.readouterr().err
     record = json.loads((tmp_path / "tradeoff.json").read_text())
     assert set(record["runs"]) == {"elastic-reset", "ppo:kl_coef=0.2", "average-after"}

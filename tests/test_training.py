@@ -30,7 +30,15 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     result = train(configure(**tiny))
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "samples.md", "curve.png", "model", "receiver", "checkpoint"}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.md",
+        "curve.png",
+        "model",
+        "receiver",
+        "checkpoint",
+    }
     lines = metrics_of(run)
     assert [(line["update"], line["event"]) for line in lines] == [
         (0, ""), (2, "before reset"), (2, "after reset"), (4, "before reset"), (4, "after reset"),
@@ -39,7 +47,11 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     assert lines[0]["kl"] == 0 and json.loads((run / "config.json").read_text())["reset_every"] == 2
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     samples = (run / "samples.md").read_text()
-    assert "- French: " in samples and "- human English: " in samples and "| update | English | German |" in samples
+    assert (
+        "- French: " in samples
+        and "- human English: " in samples
+        and "| update | English | German |" in samples
+    )
     printed = capsys.readouterr().out
     assert "bleu_en" in printed and "nrefs:1|case:mixed|eff:no|tok:13a" in printed and str(run) in printed
     assert result["start"]["update"] == 0 and result["end"]["event"] == "after reset"
@@ -49,7 +61,9 @@ def test_models_load_back(tiny, tmp_path):
     train(configure(**tiny))
     policy = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    again = configure(**tiny | dict(model=str(tmp_path / "run" / "model"), output_dir=str(tmp_path / "again")))
+    again = configure(
+        **tiny | dict(model=str(tmp_path / "run" / "model"), output_dir=str(tmp_path / "again"))
+    )
     task = TranslationGame(again)
     for (name, a), b in zip(policy.named_parameters(), task.policy.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -63,7 +77,7 @@ def test_every_method_runs(tiny, method):
     moved = result["end"]["kl"] != 0
     assert moved is (method not in ("fixed-sender", "reset-init"))  # the last update ends in a reset
     if method == "average-after":
-        assert [line["event"] for line in result["history"]][-2:] == ["eta 0.82", "eta 0.91"]
+        assert [line["event"] for line in result["history"]][-2:] == ["eta 0.80", "eta 0.90"]
 
 
 def test_a_reset_to_init_ends_at_the_start(tiny):
@@ -84,7 +98,9 @@ def test_ema_update_rhythms(tiny, rhythm, times, monkeypatch):
 def test_early_stop(tiny, monkeypatch):
     steps = []
     step = elastic_reset.optimizer_step
-    monkeypatch.setattr(elastic_reset, "optimizer_step", lambda *args: (steps.append(args[1]), step(*args))[1])
+    monkeypatch.setattr(
+        elastic_reset, "optimizer_step", lambda *args: (steps.append(args[1]), step(*args))[1]
+    )
     train(configure(**tiny | dict(early_stop_kl=0.0, num_ppo_epochs=4)))
     policy_steps = [module for module in steps if isinstance(module, elastic_reset.ActorCritic)]
     assert len(policy_steps) == 4 * 2  # each update ends after its first epoch of two minibatches
@@ -96,13 +112,15 @@ def test_adaptive_kl_moves_the_coefficient(tiny):
 
 
 def test_kl_reference_at_the_last_reset(tiny):
-    """After the reset of update 2 the penalty is measured from there: right after it, the KL to the reference is 0."""
+    """From the reset of update 2 on, the penalty is measured from there: right after it, that KL is 0."""
     history = train(configure(**tiny | dict(method="reset-reference", updates=3, eval_every=1)))["history"]
     kl = [line["kl_reference"] for line in history[1:]]
     assert kl[0] == 0 and kl[1] != 0 and kl[2] == 0
 
 
-@pytest.mark.parametrize("flags", [{}, dict(kl_reference="reset"), dict(kl_reference="ema", separate_value_model=True)])
+@pytest.mark.parametrize(
+    "flags", [{}, dict(kl_reference="reset"), dict(kl_reference="ema", separate_value_model=True)]
+)
 def test_resumed_run_is_identical(tiny, tmp_path, flags, monkeypatch):
     whole = tiny | flags | dict(kl_target=1.0, output_dir=str(tmp_path / "whole"))
     train(configure(**whole))
@@ -183,7 +201,9 @@ def test_second_run_does_not_overwrite_the_first(tiny):
 @pytest.mark.parametrize("quantity", ["reward", "loss", "gradient", "receiver_loss"])
 def test_not_finite(tiny, tmp_path, quantity, monkeypatch):
     if quantity == "reward":
-        monkeypatch.setattr(TranslationGame, "reward", lambda self, prompts, responses: [float("nan")] * len(prompts))
+        monkeypatch.setattr(
+            TranslationGame, "reward", lambda self, prompts, responses: [float("nan")] * len(prompts)
+        )
     else:
         step = elastic_reset.optimizer_step
 
@@ -202,7 +222,9 @@ def test_last_good_checkpoint_is_named(tiny, monkeypatch):
     calls = iter([reward, reward, reward])
     nan = lambda self, prompts, responses: [float("nan")] * len(prompts)  # noqa: E731
     monkeypatch.setattr(TranslationGame, "reward", lambda self, *args: next(calls, nan)(self, *args))
-    with pytest.raises(FloatingPointError, match="update 4: reward is nan; the last good checkpoint is that of update 3"):
+    with pytest.raises(
+        FloatingPointError, match="update 4: reward is nan; the last good checkpoint is that of update 3"
+    ):
         train(configure(**tiny))
 
 
@@ -218,7 +240,9 @@ class Vowels:
         self.tokenizer = elastic_reset.train_tokenizer(["a b c d e"], 0, 16)
         self.tokenizer.padding_side = "left"
         torch.manual_seed(0)
-        self.policy = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+        self.policy = GPT2LMHeadModel(
+            GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+        )
         self.policy.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
 
     def prompts(self, n, update):
@@ -234,7 +258,7 @@ class Vowels:
 
 def test_a_users_own_task_learns(tmp_path):
     config = configure(
-        output_dir=str(tmp_path), updates=30, response_length=6, learning_rate=1e-2, kl_coef=0.0, reset_every=10,
+        output_dir=str(tmp_path), updates=30, response_length=6, learning_rate=1e-2, reset_every=10,
         batch_size=64, mini_batch_size=32,
     )  # fmt: skip
     result = train(config, task=Vowels())
@@ -244,7 +268,9 @@ def test_a_users_own_task_learns(tmp_path):
 def test_wrong_number_of_rewards(tmp_path):
     task = Vowels()
     task.reward = lambda prompts, responses: [1.0]
-    config = configure(output_dir=str(tmp_path), updates=1, response_length=6, batch_size=4, mini_batch_size=4)
+    config = configure(
+        output_dir=str(tmp_path), updates=1, response_length=6, batch_size=4, mini_batch_size=4
+    )
     task.evaluate = lambda: dict(reward=0.0, drift=0.0)
     with pytest.raises(ValueError, match="expected one for each of 4"):
         train(config, task=task)
@@ -253,19 +279,32 @@ def test_wrong_number_of_rewards(tmp_path):
 def test_two_processes(tiny, tmp_path):
     """Two gloo processes share the batch and end with one policy; the run's files are the main process's."""
     flags = tiny | dict(save_every=4, eval_every=4)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     train(configure(**tiny | dict(updates=1, output_dir=str(tmp_path / "pretrains"))))
-    run = subprocess.run(launch + command(flags)[1:], capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run(
+        launch + command(flags)[1:], capture_output=True, text=True, env=environment, check=False
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert metrics_of(tmp_path / "run")[-1]["update"] == 4
 
 
 def test_learning_of_the_embedded_game(tmp_path):
-    """The default game, shortened: well above the start and above a fixed sender, and the English no less human."""
+    """The default game, shortened: well above start and fixed sender, and the English no less human."""
     ends = {}
     for method in ("elastic-reset", "fixed-sender"):
-        flags = dict(task="translation", updates=30, reset_every=15, eval_every=30, save_every=30, eval_size=128)
+        flags = dict(
+            task="translation", updates=30, reset_every=15, eval_every=30, save_every=30, eval_size=128
+        )
         result = train(configure(**flags, method=method, output_dir=str(tmp_path / method)))
         ends[method] = result["end"]
     start, end, fixed = result["start"], ends["elastic-reset"], ends["fixed-sender"]
