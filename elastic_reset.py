@@ -189,8 +189,8 @@ class ElasticReset:
     def _attach(self) -> None:
         """Puts ema and init where the parameters are; on the CPU, lays all three out in flat buffers."""
         policy = [_local(p) for p in self.params]
-        self.ema = [_average_like(p, e) for p, e in zip(policy, self.ema, strict=True)]
-        self.init = [_average_like(p, i) for p, i in zip(policy, self.init, strict=True)]
+        for average in (self.ema, self.init):  # the lists stay the same objects: others may hold them
+            average[:] = [_average_like(p, a) for p, a in zip(policy, average, strict=True)]
         self._flat = []
         if ema_kernel and all(p.device.type == "cpu" and not hasattr(p, "to_local") for p in self.params):
             for dtype in dict.fromkeys(p.dtype for p in self.params):
@@ -701,8 +701,8 @@ def train(config: Config, task: Task | None = None) -> dict:
         batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
 
         # 4. PPO epochs over minibatches
-        kl = (logprobs - ref_logprobs).sum(1).mean().item()
-        watch = dict(kl_coef=kl_coef.value, kl_reference=kl)
+        train_kl = (logprobs - ref_logprobs).sum(1).mean().item()
+        watch = dict(train_reward=scores.mean().item(), train_kl=train_kl, kl_coef=kl_coef.value)
         for _epoch in range(config.num_ppo_epochs):
             for mb in minibatches(batch, config, accelerator):
                 loss, mb_watch = ppo_loss(*logprobs_and_values(model, mb), mb, **loss_settings(config))
@@ -714,7 +714,7 @@ def train(config: Config, task: Task | None = None) -> dict:
                 elastic.update()
             if accelerator.reduce(torch.tensor(watch["policy_kl"]), "mean") > config.early_stop_kl:
                 break
-        kl_coef.adapt(kl, config.batch_size)
+        kl_coef.adapt(train_kl, config.batch_size)
         if hasattr(task, "learn"):
             watch |= task.learn(prompts, texts) or {}
             run.check_finite(**watch)
@@ -957,28 +957,37 @@ def plot_tradeoff(histories, path):
     the saw-tooth of the resets. Means over the seeds with standard errors."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    plane, time_axes = figure.subplots(1, 2)
+    figure, seen = Figure(figsize=(11, 5), layout="constrained"), []
+    plane, over_time = figure.subplots(1, 2)
     for (label, runs), style in zip(histories.items(), itertools.cycle(STYLES), strict=False):
-        lines = list(zip(*[trained(history) for history in runs.values()], strict=True))  # n-th evaluations
-        updates = [line[0]["update"] for line in lines]
-        (x, x_error), (y, y_error) = (
-            zip(*[mean_and_error([e[name] for e in line]) for line in lines], strict=True)
-            for name in ("drift", "reward")
-        )
-        band = [[m + sign * e for m, e in zip(x, x_error, strict=True)] for sign in (-1, 1)]
-        plane.plot(x, y, **style, linewidth=0.8, markersize=2, alpha=0.6)
-        end = style | dict(linestyle="", capsize=3, label=label)
-        plane.errorbar(x[-1], y[-1], y_error[-1], x_error[-1], **end)
-        time_axes.plot(updates, x, **style, linewidth=1.2, markersize=3, label=label)
-        time_axes.fill_between(updates, *band, color=style["color"], alpha=0.15, linewidth=0)
-    plane.plot(x[0], y[0], "k*", markersize=12, label="start")
-    for axes in (plane, time_axes):
-        axes.grid(alpha=0.3)
-    plane.set(xlabel="drift", ylabel="reward", title="the trade-off (large marks: the ends)")
-    time_axes.set(xlabel="update", ylabel="drift", title=f"mean and standard error of {len(runs)} seeds")
+        updates = [line["update"] for line in trained(next(iter(runs.values())))]
+        drift, drift_error = seed_means(runs, "drift")
+        reward, reward_error = seed_means(runs, "reward")
+        end, seen = len(updates) - 1, [*seen, *reward[1:]]
+        plane.plot(drift[1:], reward[1:], **style, linewidth=0.8, markersize=2.5, alpha=0.6)
+        mark = style | dict(linestyle="", markersize=9, capsize=3, label=label)
+        plane.errorbar(drift[end], reward[end], reward_error[end], drift_error[end], **mark)
+        band = [
+            [m + sign * e for m, e in zip(drift, drift_error, strict=True)][: end + 1] for sign in (-1, 1)
+        ]
+        over_time.plot(updates, drift[: end + 1], **style, linewidth=1.2, markersize=3)
+        over_time.fill_between(updates, *band, color=style["color"], alpha=0.15, linewidth=0)
+        over_time.annotate(label, (updates[end], drift[end]), (4, 0), textcoords="offset points", va="center")
+    edge = min(seen) - 0.1 * (max(seen) - min(seen))  # where a start far below is put
+    plane.plot(drift[0], max(reward[0], edge), "k*", markersize=14)
+    text = f"start, reward {reward[0]:.3g}"
+    plane.annotate(text, (drift[0], max(reward[0], edge)), (10, -4), textcoords="offset points")
+    over_time.set_xlim(right=updates[-1] * 1.25)
+    plane.set(xlabel="drift", ylabel="reward", title="trade-off; large marks: the ends")
+    over_time.set(xlabel="update", ylabel="drift", title=f"drift, {len(runs)} seeds")
     plane.legend(fontsize="small")
     figure.savefig(path, format="png", dpi=150)
+
+
+def seed_means(runs, name):
+    """Means and standard errors over the seeds of each evaluation's metric."""
+    evaluations = zip(*runs.values(), strict=True)
+    return list(zip(*[mean_and_error([e[name] for e in seeds]) for seeds in evaluations], strict=True))
 
 
 def plot_run(history, path):
@@ -1010,6 +1019,9 @@ class Run:
         self.checkpoint = self.folder / "checkpoint" / "state.safetensors"
         self.update, self.history, self.samples = 0, [], []
         self.parts, self.bar, self.saved, self.began = {}, None, None, time.perf_counter()
+        for name in ("batch_size", "mini_batch_size"):
+            if getattr(config, name) % accelerator.num_processes:
+                raise ValueError(f"{name}: expected a multiple of the {accelerator.num_processes} processes")
         if (self.folder / "config.json").exists():
             check_continues(self.folder, config)
 
@@ -1082,6 +1094,7 @@ class Run:
         """Writes models, samples, curve; prints the table of before and after; returns train()'s result."""
         start, end = trained(self.history)[0], trained(self.history)[-1]
         result = dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
+        self.accelerator.end_training()
         if not self.accelerator.is_main_process:
             return result
         for name, model in dict(model=task.policy, **task.trained).items():

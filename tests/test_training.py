@@ -114,7 +114,7 @@ def test_adaptive_kl_moves_the_coefficient(tiny):
 def test_kl_reference_at_the_last_reset(tiny):
     """From the reset of update 2 on, the penalty is measured from there: right after it, that KL is 0."""
     history = train(configure(**tiny | dict(method="reset-reference", updates=3, eval_every=1)))["history"]
-    kl = [line["kl_reference"] for line in history[1:]]
+    kl = [line["train_kl"] for line in history[1:]]
     assert kl[0] == 0 and kl[1] != 0 and kl[2] == 0
 
 
