@@ -957,7 +957,7 @@ def plot_tradeoff(histories, path):
     the saw-tooth of the resets. Means over the seeds with standard errors."""
     from matplotlib.figure import Figure
 
-    figure, seen = Figure(figsize=(11, 5), layout="constrained"), []
+    figure, seen, names = Figure(figsize=(11, 5), layout="constrained"), [], []
     plane, over_time = figure.subplots(1, 2)
     for (label, runs), style in zip(histories.items(), itertools.cycle(STYLES), strict=False):
         updates = [line["update"] for line in trained(next(iter(runs.values())))]
@@ -972,12 +972,16 @@ def plot_tradeoff(histories, path):
         ]
         over_time.plot(updates, drift[: end + 1], **style, linewidth=1.2, markersize=3)
         over_time.fill_between(updates, *band, color=style["color"], alpha=0.15, linewidth=0)
-        over_time.annotate(label, (updates[end], drift[end]), (4, 0), textcoords="offset points", va="center")
+        names.append((drift[end], label, style["color"]))
     edge = min(seen) - 0.1 * (max(seen) - min(seen))  # where a start far below is put
     plane.plot(drift[0], max(reward[0], edge), "k*", markersize=14)
     text = f"start, reward {reward[0]:.3g}"
     plane.annotate(text, (drift[0], max(reward[0], edge)), (10, -4), textcoords="offset points")
-    over_time.set_xlim(right=updates[-1] * 1.25)
+    over_time.set_xlim(right=updates[-1] * 1.3)
+    gap, height = 0.045 * (over_time.get_ylim()[1] - over_time.get_ylim()[0]), -math.inf
+    for y, label, color in sorted(names):  # names stand at the ends of their lines, one above the other
+        height = max(y, height + gap)
+        over_time.text(updates[-1] * 1.02, height, label, color=color, va="center")
     plane.set(xlabel="drift", ylabel="reward", title="trade-off; large marks: the ends")
     over_time.set(xlabel="update", ylabel="drift", title=f"drift, {len(runs)} seeds")
     plane.legend(fontsize="small")
@@ -1340,7 +1344,7 @@ def pretrained_marian(role, data, config):
     )  # fmt: skip
     recipe = [role, data[role], tokenizer.backend_tokenizer.to_str(), shape.to_dict(), torch.__version__]
     recipe += [config.pretrain_updates, config.pretrain_batch_size, config.pretrain_learning_rate]
-    recipe += [inspect.getsource(function) for function in (fit, target_logprobs, response_logits)]
+    recipe += [inspect.getsource(function) for function in (fit, batches_of_like_length, response_logits)]
     digest = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
     folder = cache / f"{role}-{digest}"
@@ -1362,14 +1366,28 @@ def fit(model, tokenizer, pairs, config, what):
     model.to(Accelerator().device).train()
     optimizer, updates = adamw(model, config.pretrain_learning_rate), config.pretrain_updates
     schedule = get_linear_schedule_with_warmup(optimizer, min(50, updates // 10), updates)
-    bar = progress(range(1, updates + 1), desc=what)
-    for update in bar:
-        sources, targets = zip(*shuffled(pairs, config.pretrain_batch_size, update, seed=0), strict=True)
-        logprobs, mask = target_logprobs(model, tokenizer, list(sources), list(targets), config.max_length)
+    bar = progress(
+        batches_of_like_length(pairs, config.pretrain_batch_size, updates), total=updates, desc=what
+    )
+    for sources, targets in bar:
+        logprobs, mask = target_logprobs(model, tokenizer, sources, targets, config.max_length)
         watch = optimizer_step(-logprobs.sum() / mask.sum(), model, optimizer, config.max_grad_norm)
         schedule.step()
-        if update % 20 == 0:
+        if bar.n % 20 == 0:
             bar.set_postfix(nll=f"{watch['loss']:.3f}")
+
+
+def batches_of_like_length(pairs, n, updates, pool=32):
+    """Sources and targets of `updates` batches of n pairs. A pool of batches is sorted by length before it is
+    cut into batches, so that little is padded; then these come in a random order."""
+    for update in range(updates):
+        if update % pool == 0:
+            near = sorted(
+                shuffled(pairs, pool * n, update // pool + 1, seed=0), key=lambda pair: len(pair[1])
+            )
+            starts = random.Random(update).sample(range(0, pool * n, n), pool)
+        start = starts[update % pool]
+        yield [list(texts) for texts in zip(*near[start : start + n], strict=True)]
 
 
 def train_tokenizer(texts, vocab_size, max_length):
