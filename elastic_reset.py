@@ -2,7 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.6", "numpy>=1.26", "transformers>=5.0", "tokenizers>=0.22", "datasets>=4.0",
-#     "accelerate>=1.10", "safetensors>=0.5", "sacrebleu>=2.5", "matplotlib>=3.8", "tqdm>=4.66", "pyyaml>=6",
+#     "accelerate>=1.10", "safetensors>=0.5", "sacrebleu>=2.5", "sentencepiece>=0.2", "matplotlib>=3.8",
+#     "tqdm>=4.66", "pyyaml>=6.0",
 # ]
 # ///
 """Elastic Reset: fine-tune a language model with PPO and keep its language. One file, read from the top.
@@ -32,6 +33,7 @@ import copy
 import csv
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -153,17 +155,22 @@ class ElasticReset:
     @contextlib.contextmanager
     def holding(self, weights: list[torch.Tensor]):
         """averaged() for any weights listed like `params`."""
-        with torch.no_grad():
-            own = [_local(p).clone() for p in self.params]
-            torch._foreach_copy_([_local(p) for p in self.params], weights)
+        self._follow()
+        own = [_local(p).detach().clone() for p in self.params]
         try:
+            self._set_policy(weights)
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_([_local(p) for p in self.params], own)
+            self._set_policy(own)
+
+    @torch.no_grad()
+    def _set_policy(self, weights) -> None:
+        self._follow()
+        torch._foreach_copy_([_local(p) for p in self.params], weights)
 
     def by_name(self, weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """`weights`, listed like `params`, by name and in the policy's dtypes, for functional_call."""
+        self._follow()
         return {n: w.to(p.dtype) for n, p, w in zip(self.names, self.params, weights, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -266,7 +273,7 @@ class Config:
     task: str = flag("custom", "what to train: {tasks}", group="The run")
     method: str = flag("elastic-reset", "a named set of defaults, one of {methods}")
     preset: Literal["mini", "paper"] = flag("mini", "minutes on two CPU cores, or the paper's setting")
-    seed: int = flag(0, "of sampling and data order; all seeds start from the same models", 0)
+    seed: int = flag(0, "of sampling and data order; pretraining has a fixed one", 0)
     updates: int = flag(200, "PPO updates; each samples batch_size responses", 1)
     eval_every: int = flag(20, "updates between evaluations; each reset has one on either side", 1)
     eval_size: int = flag(256, "validation prompts to evaluate on", 1)
@@ -296,13 +303,13 @@ class Config:
     cliprange_value: float = flag(0.2, "clip of the change of a value", 0)
     vf_coef: float = flag(0.1, "weight of the value loss; 0: no value function", 0)
     entropy_coef: float = flag(0.0, "weight of the entropy bonus", 0)
-    max_grad_norm: float = flag(1.0, "gradient clipping", 0)
-    early_stop_kl: float = flag(math.inf, "end an update's epochs once the policy KL exceeds this", 0)
+    max_grad_norm: float = flag(1.0, "longest gradient; longer ones are scaled down", 1e-9)
+    early_stop_kl: float = flag(0.0, "end an update's epochs once the policy KL exceeds this; 0: never", 0)
     separate_value_model: bool = flag(False, "instead of a value head on the policy")
-    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "of loaded weights")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "of loaded weights")
 
     kl_coef: float = flag(0.0, "weight of the per-token KL penalty", 0, group="KL penalty")
-    kl_target: float = flag(0.0, "adapt kl_coef to this KL, in nats a response; 0: keep it", 0)
+    kl_target: float = flag(0.0, "adapt kl_coef to reach this KL, in nats a response; 0: keep it", 0)
     kl_horizon: int = flag(10_000, "responses within which the adaptation works", 1)
     kl_reference: Literal["init", "ema", "reset"] = flag("init", "start, EMA, or last reset")
 
@@ -326,6 +333,10 @@ class Config:
             check_value(f, getattr(self, f.name))
         if self.d_model % 4:
             raise ValueError(f"d_model is {self.d_model}; expected a multiple of 4")
+        if self.kl_target and not self.kl_coef:
+            raise ValueError(
+                "kl_target adapts kl_coef, but kl_coef is 0; give it a value to begin with, such as 0.05"
+            )
         if self.mini_batch_size > self.batch_size:
             expected = f"batch_size ({self.batch_size}) or less"
             raise ValueError(f"mini_batch_size is {self.mini_batch_size}; expected {expected}")
@@ -505,9 +516,9 @@ def sample(policy, prompts, response_length, temperature=1.0):
     `prompts`: input_ids, attention_mask (batch, prompt). Returns responses and mask, (batch, response)."""
     from transformers import GenerationConfig
 
-    heat = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
-    limits = dict(max_new_tokens=response_length, suppress_tokens=_never(policy) or None)
-    settings = GenerationConfig(**heat, **limits, top_k=0, top_p=1.0, num_beams=1)
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    how |= dict(max_new_tokens=response_length, suppress_tokens=_never(policy) or None)
+    settings = GenerationConfig(num_beams=1, **how)
     tokens = policy.generate(**prompts, generation_config=settings)
     responses = tokens[:, 1 if policy.config.is_encoder_decoder else prompts["input_ids"].shape[1] :]
     ended = torch.isin(responses, torch.tensor(_eos(policy), device=responses.device)).cumsum(1)
@@ -596,19 +607,27 @@ class TranslationGame:
     }  # fmt: skip
 
     def __init__(self, config: Config):
+        from accelerate import Accelerator
+
         self.config = config
         data = translation_data(config)
-        self.train, self.validation = data["train"], data["validation"][: config.eval_size]
-        self.german = {row["fr"]: row["de"] for row in self.train}
+        self.validation = data["validation"][: config.eval_size]
+        self.german = {}  # French: German; of captions with the same French the first counts
+        for row in data["train"]:
+            self.german.setdefault(row["fr"], row["de"])
+        self.french = list(self.german)
         self.validation_prompts = [row["fr"] for row in self.validation]
         self.policy, self.tokenizer = seq2seq("sender", config.model, data, config)
         self.receiver, self.receiver_tokenizer = seq2seq("receiver", config.receiver_model, data, config)
-        self.optimizer = adamw(self.receiver, config.receiver_learning_rate)
+        self.accelerator = Accelerator()
+        self.optimizer = self.accelerator.prepare_optimizer(
+            adamw(self.receiver, config.receiver_learning_rate)
+        )
         self.trained = {"receiver": self.receiver, "receiver_optimizer": self.optimizer}
         self.footnote = f"BLEU: {bleu(['a'], ['a'])[1]}"
 
     def prompts(self, n, update):
-        return [row["fr"] for row in shuffled(self.train, n, update, self.config.seed)]
+        return shuffled(self.french, n, update, self.config.seed)
 
     @torch.no_grad()
     def reward(self, prompts, responses):
@@ -617,8 +636,10 @@ class TranslationGame:
     def learn(self, prompts, responses):
         logprobs, mask = self._receive(responses, [self.german[french] for french in prompts])
         loss = -logprobs.sum() / mask.sum()
-        watch = optimizer_step(loss, self.receiver, self.optimizer, self.config.max_grad_norm)
-        return {f"receiver_{name}": value for name, value in watch.items()}
+        stats = optimizer_step(
+            self.accelerator, loss, self.receiver, self.optimizer, self.config.max_grad_norm
+        )
+        return {f"receiver_{name}": value for name, value in stats.items()}
 
     def _receive(self, english, german):
         return target_logprobs(
@@ -661,10 +682,11 @@ def train(config: Config, task: Task | None = None) -> dict:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(log_with=None if config.report_to == "none" else config.report_to)
+    accelerator = Accelerator(**tracking(config))
     run = Run(config, accelerator)
     task = task or TASKS[config.task](config)
     task.policy.eval()  # no dropout: the ratio of a policy to itself must be 1
+    sample_plainly(task.policy)
     model = ActorCritic(task.policy, config.temperature, config.separate_value_model)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(adamw(model, config.learning_rate))
@@ -679,7 +701,8 @@ def train(config: Config, task: Task | None = None) -> dict:
 
     for update in run.updates():
         # Seed and prompts are functions of the update's number: a resumed run goes on as if uninterrupted
-        set_seed(config.seed * 1_000_003 + update, device_specific=True)
+        seed = (config.seed * 1_000_003 + update) * accelerator.num_processes
+        set_seed(seed % (2**32 - accelerator.num_processes), device_specific=True)
 
         # 1. Sample a response to each prompt
         prompts = task.prompts(config.batch_size, update)
@@ -701,23 +724,24 @@ def train(config: Config, task: Task | None = None) -> dict:
         batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
 
         # 4. PPO epochs over minibatches
-        train_kl = (logprobs - ref_logprobs).sum(1).mean().item()
-        watch = dict(train_reward=scores.mean().item(), train_kl=train_kl, kl_coef=kl_coef.value)
+        train_kl = accelerator.reduce((logprobs - ref_logprobs).sum(1).mean(), "mean").item()
+        stats = dict(train_reward=scores.mean().item(), train_kl=train_kl, kl_coef=kl_coef.value)
         for _epoch in range(config.num_ppo_epochs):
             for mb in minibatches(batch, config, accelerator):
-                loss, mb_watch = ppo_loss(*logprobs_and_values(model, mb), mb, **loss_settings(config))
-                watch |= mb_watch | optimizer_step(loss, model, optimizer, config.max_grad_norm)
-                run.check_finite(**watch)
+                loss, mb_stats = ppo_loss(*logprobs_and_values(model, mb), mb, **loss_settings(config))
+                mb_stats |= optimizer_step(accelerator, loss, model, optimizer, config.max_grad_norm)
+                stats |= mean_over_processes(mb_stats, accelerator)
+                run.check_finite(**stats)
                 if config.ema_update == "minibatch":
                     elastic.update()
             if config.ema_update == "epoch":
                 elastic.update()
-            if accelerator.reduce(torch.tensor(watch["policy_kl"]), "mean") > config.early_stop_kl:
+            if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         kl_coef.adapt(train_kl, config.batch_size)
         if hasattr(task, "learn"):
-            watch |= task.learn(prompts, texts) or {}
-            run.check_finite(**watch)
+            stats |= mean_over_processes(task.learn(prompts, texts) or {}, accelerator)
+            run.check_finite(**stats)
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
         if config.ema_update == "update":
@@ -726,15 +750,15 @@ def train(config: Config, task: Task | None = None) -> dict:
         # 6. Reset: policy <- EMA, EMA <- start
         reset_due = config.reset != "none" and update % config.reset_every == 0
         if reset_due:
-            run.log(update, evaluate(task, model, elastic, config) | watch, "before reset")
+            run.log(update, evaluate(task, model, elastic, config) | stats, "before reset")
             elastic.reset()
         if config.kl_reference == "reset" and update % config.reset_every == 0:
-            torch._foreach_copy_(reference, [p.detach() for p in elastic.params])
+            reference[:] = [p.detach().clone() for p in elastic.params]
 
         # 7. Evaluate and log
         if reset_due or update % config.eval_every == 0 or update == config.updates:
             event = "after reset" if reset_due else ""
-            run.log(update, evaluate(task, model, elastic, config) | watch, event)
+            run.log(update, evaluate(task, model, elastic, config) | stats, event)
 
     average_after(task, model, elastic, run, config)
     return run.finish(task)
@@ -757,7 +781,8 @@ def score(task, prompts, texts):
 
 
 def kl_reference(elastic, config):
-    """The weights the KL penalty is measured from: ElasticReset's own, or a copy renewed at each reset."""
+    """The weights the KL penalty is measured from: a list of ElasticReset's, which goes on changing, or a
+    copy that train() renews at each reset."""
     if config.kl_reference == "reset":
         return [p.detach().clone() for p in elastic.params]
     return {"init": elastic.init, "ema": elastic.ema}[config.kl_reference]
@@ -780,11 +805,37 @@ def adamw(module, learning_rate):
     return torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
 
 
-def optimizer_step(loss, module, optimizer, max_grad_norm):
-    """One step on the gradient averaged over the processes. Returns the loss and the gradient's norm."""
-    from accelerate import Accelerator
+def tracking(config):
+    """Accelerator's settings for --report_to."""
+    if config.report_to == "none":
+        return {}
+    if importlib.util.find_spec(config.report_to) is None:
+        raise ValueError(f"report_to is {config.report_to!r}, but that package is not installed")
+    return dict(log_with=config.report_to, project_dir=str(folder_of(config)))
 
-    accelerator = Accelerator()
+
+def sample_plainly(policy):
+    """Drops a model's own ways of generating (beams, forced tokens, penalties): a policy is its distribution.
+    ValueError if a token that sampling needs is not named."""
+    from transformers import GenerationConfig
+
+    needed = ["pad_token_id", "eos_token_id"]
+    needed += ["decoder_start_token_id"] if policy.config.is_encoder_decoder else []
+    tokens = {name: getattr(policy.generation_config, name) for name in needed}
+    for name, token in tokens.items():
+        if token is None:
+            raise ValueError(f"the model names no {name}; set model.generation_config.{name}")
+    policy.generation_config = GenerationConfig(**tokens)
+
+
+def mean_over_processes(stats, accelerator):
+    """{name: number}, averaged; every process gets the same."""
+    values = torch.tensor(list(stats.values()), dtype=torch.float32, device=accelerator.device)
+    return dict(zip(stats, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
+def optimizer_step(accelerator, loss, module, optimizer, max_grad_norm):
+    """One step on the gradient averaged over the processes. Returns the loss and the gradient's norm."""
     accelerator.backward(loss)
     parameters = [p for p in module.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
@@ -829,6 +880,10 @@ def compare(methods, seeds, jobs, given):
     writes tradeoff.json, tradeoff.png and summary.md to output_dir. Returns the summary.
 
     `methods`: names, with settings of their own if need be, "ppo-kl:kl_coef=0.1". `given`: everyone's."""
+    if not all(methods) or len(set(methods)) < len(methods):
+        raise ValueError(
+            f"--compare {','.join(methods)}: expected different methods, such as ppo,elastic-reset"
+        )
     folder = Path(given.get("output_dir") or f"runs/{given['task']}/compare")
     first, runs = given.get("seed", 0), {}
     for label, seed in itertools.product(methods, range(first, first + seeds)):
@@ -863,7 +918,7 @@ def run_apart(argv, config, threads):
             return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "run.log", "w", encoding="utf-8") as log:
-        settings = dict(stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        settings = dict(stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
         code = subprocess.run([sys.executable, __file__, *argv], check=False, **settings).returncode
     if code:
         last = (folder / "run.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
@@ -888,7 +943,7 @@ def tradeoff(histories):
     low, high = min(line["drift"] for line in lines), 1.5 * lines[0]["drift"]
     methods = {}
     for label, runs in histories.items():
-        ends = [trained(history)[-1] for history in runs.values()]
+        ends = [during_training(history)[-1] for history in runs.values()]
         methods[label] = dict(
             reward=[end["reward"] for end in ends],
             drift=[end["drift"] for end in ends],
@@ -898,7 +953,7 @@ def tradeoff(histories):
     return dict(start=lines[0], range=[low, high], methods=methods)
 
 
-def trained(history):
+def during_training(history):
     """The evaluations during training, without those of mixtures after it."""
     return [line for line in history if not line["event"].startswith("eta")]
 
@@ -960,7 +1015,7 @@ def plot_tradeoff(histories, path):
     figure, seen, names = Figure(figsize=(11, 5), layout="constrained"), [], []
     plane, over_time = figure.subplots(1, 2)
     for (label, runs), style in zip(histories.items(), itertools.cycle(STYLES), strict=False):
-        updates = [line["update"] for line in trained(next(iter(runs.values())))]
+        updates = [line["update"] for line in during_training(common_evaluations(runs)[0])]
         drift, drift_error = seed_means(runs, "drift")
         reward, reward_error = seed_means(runs, "reward")
         end, seen = len(updates) - 1, [*seen, *reward[1:]]
@@ -990,15 +1045,22 @@ def plot_tradeoff(histories, path):
 
 def seed_means(runs, name):
     """Means and standard errors over the seeds of each evaluation's metric."""
-    evaluations = zip(*runs.values(), strict=True)
+    evaluations = zip(*common_evaluations(runs), strict=True)
     return list(zip(*[mean_and_error([e[name] for e in seeds]) for seeds in evaluations], strict=True))
+
+
+def common_evaluations(runs):
+    """The runs' histories, reduced to the evaluations (update and event) that all of them have."""
+    keys = [{(e["update"], e["event"]) for e in history} for history in runs.values()]
+    common = set.intersection(*keys)
+    return [[e for e in history if (e["update"], e["event"]) in common] for history in runs.values()]
 
 
 def plot_run(history, path):
     """Reward and drift over the updates, the resets marked."""
     from matplotlib.figure import Figure
 
-    figure, lines = Figure(figsize=(8, 5), layout="constrained"), trained(history)
+    figure, lines = Figure(figsize=(8, 5), layout="constrained"), during_training(history)
     panels = figure.subplots(2, 1, sharex=True)
     for axes, name, style in zip(panels, ("reward", "drift"), STYLES[:2], strict=True):
         axes.plot([e["update"] for e in lines], [e[name] for e in lines], **style, markersize=4)
@@ -1019,13 +1081,15 @@ class Run:
 
     def __init__(self, config, accelerator):
         self.config, self.accelerator = config, accelerator
-        self.folder = Path(config.output_dir or f"runs/{config.task}/{config.method}/seed{config.seed}")
+        self.folder = folder_of(config)
         self.checkpoint = self.folder / "checkpoint" / "state.safetensors"
+        self.history_file = self.folder / "metrics.jsonl"
         self.update, self.history, self.samples = 0, [], []
         self.parts, self.bar, self.saved, self.began = {}, None, None, time.perf_counter()
         for name in ("batch_size", "mini_batch_size"):
             if getattr(config, name) % accelerator.num_processes:
-                raise ValueError(f"{name}: expected a multiple of the {accelerator.num_processes} processes")
+                value, n = getattr(config, name), accelerator.num_processes
+                raise ValueError(f"{name} is {value}; expected a multiple of the {n} processes")
         if (self.folder / "config.json").exists():
             check_continues(self.folder, config)
 
@@ -1033,17 +1097,26 @@ class Run:
         """Takes the parts that checkpoints hold (see tensors_of); if asked to, fills them from the last."""
         self.parts, seconds = parts, 0.0
         if self.config.resume and self.checkpoint.exists():
-            counters, tensors = read_safetensors(self.checkpoint)
+            counters, tensors = read_checkpoint(self.checkpoint)
             for name, part in parts.items():
                 own = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(name + "/")}
                 load_tensors(part, own)
             self.update, self.history, self.samples = (counters[k] for k in ("update", "history", "samples"))
             self.saved, seconds = self.update, counters["seconds"]
+        elif self.config.resume and self.history_file.exists() and self.accelerator.is_main_process:
+            print(f"{self.folder} holds no checkpoint yet: the run begins anew", file=sys.stderr)
         self.began = time.perf_counter() - seconds
         if self.accelerator.is_main_process:
+            (self.folder / "samples.md").unlink(
+                missing_ok=True
+            )  # it comes last: where it is, the run is complete
+            for left_over in self.folder.rglob(".*.partial"):
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
         if self.config.report_to != "none":
-            self.accelerator.init_trackers("elastic-reset", asdict(self.config))
+            self.accelerator.init_trackers(
+                "elastic-reset", {k: str(v) for k, v in asdict(self.config).items()}
+            )
 
     def updates(self):
         """The numbers of the updates to do. Saves after each `save_every`-th and the last. Ctrl-C lets an
@@ -1092,11 +1165,11 @@ class Run:
 
     def write_metrics(self):
         if self.accelerator.is_main_process:
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
+            write_text(self.history_file, "".join(json.dumps(e) + "\n" for e in self.history))
 
     def finish(self, task):
         """Writes models, samples, curve; prints the table of before and after; returns train()'s result."""
-        start, end = trained(self.history)[0], trained(self.history)[-1]
+        start, end = during_training(self.history)[0], during_training(self.history)[-1]
         result = dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
         self.accelerator.end_training()
         if not self.accelerator.is_main_process:
@@ -1116,30 +1189,55 @@ class Run:
         return result
 
 
+def folder_of(config):
+    return Path(config.output_dir or f"runs/{config.task}/{config.method}/seed{config.seed}")
+
+
 def check_continues(folder, config):
     """ValueError if `folder` holds a run that this one would overwrite, or that had other settings."""
     if not config.resume:
         raise ValueError(f"{folder} holds a run: go on with --resume true or choose another --output_dir")
-    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    before = read_json(folder / "config.json")
     free = ("resume", "debug", "report_to", "output_dir", "updates", "save_every")
     for name, value in json.loads(json.dumps(asdict(config))).items():
         if name not in free and before.get(name) != value:
             raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {value!r}")
 
 
+def read_json(path):
+    """An object from a JSON file. ValueError naming the file if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove the folder to begin anew") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (no object); remove the folder to begin anew")
+    return value
+
+
 def read_history(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The lines of metrics.jsonl. ValueError naming the file if it is damaged or empty."""
+    path = folder / "metrics.jsonl"
+    rows = [row for _, row in numbered_rows(path)]
+    if not rows or any(isinstance(row, str) for row in rows):
+        raise ValueError(f"{path} is damaged; remove the folder to begin anew")
+    return rows
 
 
 @contextlib.contextmanager
 def written_whole(path):
     """Yields a place beside `path`; what is written there, a file or a folder, becomes `path` at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    yield aside
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path, text):
@@ -1155,7 +1253,7 @@ def write_safetensors(path, tensors, counters):
         save_file(tensors, aside, {"counters": json.dumps(counters)})
 
 
-def read_safetensors(path):
+def read_checkpoint(path):
     """The counters and the tensors of a checkpoint. ValueError if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
@@ -1163,7 +1261,7 @@ def read_safetensors(path):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return json.loads(file.metadata()["counters"]), tensors
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
 
 
@@ -1224,15 +1322,24 @@ def progress(*iterable, **settings):
 
 
 def samples_text(samples):
-    """samples.md: what became of the same prompts, at the start, halfway and at the end."""
-    shown, parts = [samples[0], samples[len(samples) // 2], samples[-1]], []
+    """samples.md: what became of the same prompts, at the start, halfway and at the end. A column in which no
+    row ever changes stands above the table."""
+    samples = during_training(samples)
+    shown = [samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})]
+    columns = list(shown[0]["rows"][0]) if shown[0]["rows"] else []
+    moving = [
+        c
+        for c in columns
+        if any(s["rows"][i][c] != r[c] for s in shown for i, r in enumerate(shown[0]["rows"]))
+    ]
+    parts = []
     for i, row in enumerate(shown[0]["rows"]):
-        fixed = [column for column in row if all(s["rows"][i][column] == row[column] for s in samples)]
-        moving = [column for column in row if column not in fixed]
-        parts += [f"## {i + 1}", "", *(f"- {column}: {row[column]}" for column in fixed), ""]
-        parts += ["| update | " + " | ".join(moving) + " |", "|---" * (len(moving) + 1) + "|"]
-        for s in shown:
-            parts.append("| " + " | ".join([str(s["update"]), *(s["rows"][i][c] for c in moving)]) + " |")
+        parts += [f"## {i + 1}", "", *(f"- {c}: {one_line(row[c])}" for c in columns if c not in moving), ""]
+        if moving:
+            parts += ["| update | " + " | ".join(moving) + " |", "|---" * (len(moving) + 1) + "|"]
+        for s in shown if moving else []:
+            texts = [one_line(s["rows"][i][c]).replace("|", "\\|") for c in moving]
+            parts.append("| " + " | ".join([f"{s['update']} {s['event']}".strip(), *texts]) + " |")
         parts.append("")
     return "\n".join(parts)
 
@@ -1309,6 +1416,7 @@ def seq2seq(role, name, data, config):
     trained from scratch on data[role], pairs of source and target."""
     import transformers
     from accelerate import Accelerator
+    from safetensors import SafetensorError
 
     name = name or str(pretrained_marian(role, data, config))
     transformers.logging.disable_progress_bar()
@@ -1316,21 +1424,24 @@ def seq2seq(role, name, data, config):
         dtype = getattr(torch, config.dtype)
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         why = one_line(error)
         raise ValueError(f"{role} {name!r} is no seq2seq model that can be loaded: {why}") from error
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
             module.requires_grad_(False)
-    # A policy is its plain distribution; the beams, forced tokens and so on of a model would make it another
-    ids = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-    plain = {name: getattr(model.generation_config, name) for name in ids}
-    model.generation_config = transformers.GenerationConfig(**plain)
+    sample_plainly(model)
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{role} {name!r}: its tokenizer has no padding token")
+    positions, longest = getattr(model.config, "max_position_embeddings", None), config.response_length
+    if positions and positions < max(longest, config.max_length):
+        raise ValueError(f"{role} {name!r} has {positions} positions: lower max_length or response_length")
     return model.to(Accelerator().device), tokenizer
 
 
 def pretrained_marian(role, data, config):
     """The cached folder of a Marian trained by maximum likelihood, named by a hash of all that made it."""
+    from accelerate import Accelerator
     from transformers import MarianConfig, MarianMTModel
 
     tokenizer, width = train_tokenizer(data["texts"], config.vocab_size, config.max_length), config.d_model
@@ -1340,41 +1451,49 @@ def pretrained_marian(role, data, config):
         encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, dropout=0.0,
         encoder_attention_heads=4, decoder_attention_heads=4,
         pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, forced_eos_token_id=None,
-        max_position_embeddings=max(128, config.max_length), scale_embedding=True,
+        max_position_embeddings=max(128, config.max_length, config.response_length), scale_embedding=True,
     )  # fmt: skip
     recipe = [role, data[role], tokenizer.backend_tokenizer.to_str(), shape.to_dict(), torch.__version__]
-    recipe += [config.pretrain_updates, config.pretrain_batch_size, config.pretrain_learning_rate]
-    recipe += [inspect.getsource(function) for function in (fit, batches_of_like_length, response_logits)]
+    settings = "pretrain_updates pretrain_batch_size pretrain_learning_rate max_length max_grad_norm"
+    recipe += [getattr(config, name) for name in settings.split()]
+    code = (fit, batches_of_like_length, shuffled, target_logprobs, response_logits, optimizer_step, adamw)
+    recipe += [inspect.getsource(function) for function in code]
     digest = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
     folder = cache / f"{role}-{digest}"
-    if not folder.exists():
-        torch.manual_seed(0)
-        model = MarianMTModel(shape)
-        fit(model, tokenizer, data[role], config, f"pretraining the {role}")
-        with written_whole(folder) as aside:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
+    with Accelerator().main_process_first():
+        if not folder.exists():
+            torch.manual_seed(0)
+            model = MarianMTModel(shape)
+            fit(model, tokenizer, data[role], config, f"pretraining the {role}")
+            with written_whole(folder) as aside:
+                model.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
     return folder
 
 
 def fit(model, tokenizer, pairs, config, what):
-    """Maximum likelihood on pairs (source, target): AdamW, a short warm-up, then a linear decay."""
+    """Maximum likelihood on pairs (source, target): AdamW, a tenth of warm-up, then a linear decay."""
     from accelerate import Accelerator
     from transformers import get_linear_schedule_with_warmup
 
-    model.to(Accelerator().device).train()
+    accelerator = Accelerator()
+    model.to(accelerator.device).train()
     optimizer, updates = adamw(model, config.pretrain_learning_rate), config.pretrain_updates
-    schedule = get_linear_schedule_with_warmup(optimizer, min(50, updates // 10), updates)
+    schedule = get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
     bar = progress(
         batches_of_like_length(pairs, config.pretrain_batch_size, updates), total=updates, desc=what
     )
-    for sources, targets in bar:
+    for update, (sources, targets) in enumerate(bar):
         logprobs, mask = target_logprobs(model, tokenizer, sources, targets, config.max_length)
-        watch = optimizer_step(-logprobs.sum() / mask.sum(), model, optimizer, config.max_grad_norm)
+        loss = -logprobs.sum() / mask.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
-        if bar.n % 20 == 0:
-            bar.set_postfix(nll=f"{watch['loss']:.3f}")
+        if update % 20 == 0:
+            bar.set_postfix(nll=f"{loss.item():.3f}")
 
 
 def batches_of_like_length(pairs, n, updates, pool=32):
@@ -1437,10 +1556,12 @@ def split_of(spec):
 def load_rows(spec, columns):
     """Rows {column: text} of a hub dataset or a local folder of JSONL, CSV or Parquet; `translation: {..}` is
     unpacked. ValueError saying what is wrong and where: in local text files by file, line and column."""
-    from datasets import exceptions, load_dataset
+    from datasets import disable_progress_bar, exceptions, load_dataset, logging
 
     name, split = split_of(spec)
     source = dict(path="parquet", data_files=name) if name.startswith("hf://") else dict(path=name)
+    disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
     try:
         rows = load_dataset(**source, split=split).to_list()
     except (OSError, ValueError, StopIteration, exceptions.DatasetsError) as error:
@@ -1448,11 +1569,16 @@ def load_rows(spec, columns):
         raise ValueError(f"data {spec} cannot be read: {why}") from error
     if not rows:
         raise ValueError(f"data {spec} holds no rows")
-    rows = [row.get("translation") or row for row in rows]
+    rows = [unpacked(row) for row in rows]
     for i, row in enumerate(rows):
         if fault := fault_of(row, columns):
             raise ValueError(f"data {spec}: {find_fault(name, split, columns) or f'row {i}: {fault}'}")
     return rows
+
+
+def unpacked(row):
+    """The columns of a row, also where they lie in one called `translation`, as in many hub datasets."""
+    return row["translation"] if isinstance(row.get("translation"), dict) else row
 
 
 def fault_of(row, columns):
@@ -1470,7 +1596,7 @@ def find_fault(name, split, columns):
     base = re.match(r"\w+", split)[0]
     for path in sorted(Path(name).rglob("*"), key=lambda path: (base not in path.name, path)):
         for line, row in numbered_rows(path):
-            fault = row if isinstance(row, str) else fault_of(row.get("translation") or row, columns)
+            fault = row if isinstance(row, str) else fault_of(unpacked(row), columns)
             if fault:
                 return f"{path}, line {line}: {fault}"
     return ""
@@ -1604,12 +1730,13 @@ def parse_flags(argv):
     ]
     style = argparse.RawDescriptionHelpFormatter
     about = dict(prog="elastic_reset.py", description=__doc__, formatter_class=style, allow_abbrev=False)
-    given = vars(Parser(groups, **about).parse_args(argv))
+    parser = Parser(groups, **about)
+    given = vars(parser.parse_args(argv))
+    if given.get("config"):
+        given = vars(parser.parse_args(to_argv(read_yaml(given["config"])) + argv))
     command = Command(**{f.name: given.pop(f.name) for f in fields(Command) if f.name in given})
     for f in fields(Command):
         check_value(f, getattr(command, f.name))
-    if command.config:
-        given = parse_flags(to_argv(read_yaml(command.config)))[0] | given
     return given, command
 
 
@@ -1645,7 +1772,8 @@ def main(argv=None) -> int:
         if given.get("task") not in TASKS:
             raise ValueError(f"--task is {given.get('task', 'missing')}; expected one of {', '.join(TASKS)}")
         if command.compare:
-            print(compare(command.compare.split(","), command.seeds, command.jobs, given))
+            methods = [method.strip() for method in command.compare.split(",")]
+            print(compare(methods, command.seeds, command.jobs, given))
         else:
             train(configure(**given))
         return 0
@@ -1655,7 +1783,7 @@ def main(argv=None) -> int:
         print(f"elastic_reset.py: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as interrupt:
-        print(f"elastic_reset.py: {one_line(interrupt) or 'stopped before training'}", file=sys.stderr)
+        print(f"elastic_reset.py: {one_line(interrupt) or 'stopped; --resume true goes on'}", file=sys.stderr)
         return 130
 
 

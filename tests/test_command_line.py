@@ -44,6 +44,12 @@ BAD_FLAGS = [
     ("--task translation --batch_size 32 --mini_batch_size 64", "expected batch_size (32) or less"),
     ("--task translation --d_model 90", "expected a multiple of 4"),
     ("--task translation --resume perhaps", "--resume"),
+    ("--task translation --kl_target 6", "kl_target adapts kl_coef, but kl_coef is 0"),
+    ("--task translation --max_grad_norm 0", "max_grad_norm is 0"),
+    ("--task translation --dtype float16", "choose from"),
+    ("--task translation --report_to wandb", "that package is not installed"),
+    ("--task translation --compare ppo,ppo", "expected different methods"),
+    ("--task translation --compare ppo,", "expected different methods"),
     ("--task translation --compare ppo,sgd", "method is 'sgd'; expected one of"),
     ("--task translation --compare ppo:kl_coef", "kl_coef"),
     ("--task translation --compare ppo:kl_coef=much", "invalid float value: 'much'"),
@@ -105,7 +111,7 @@ def test_bad_slice(capsys, tmp_path):
 def test_real_data_needs_models_or_pairs(capsys, tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(GOOD)
-    assert "--sender_data and --receiver_data" in error_of(
+    assert "the sender needs --model or --sender_data" in error_of(
         ["--task", "translation", "--data", str(tmp_path)], capsys
     )
 
@@ -119,6 +125,26 @@ def test_damaged_checkpoint(tiny, capsys, tmp_path):
     assert "is damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_damaged_files_of_a_run_are_named(tiny, capsys, tmp_path):
+    elastic_reset.train(configure(**tiny))
+    for name, content in [("config.json", "{"), ("config.json", "[]")]:
+        (tmp_path / "run" / name).write_text(content)
+        capsys.readouterr()
+        assert main(to_argv(tiny | dict(resume=True))) == 2
+        assert f"{name} is damaged" in capsys.readouterr().err
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
+        elastic_reset.read_history(tmp_path / "run")
+
+
+def test_too_few_positions(tiny, capsys, tmp_path):
+    elastic_reset.train(configure(**tiny))
+    capsys.readouterr()
+    folders = dict(model=str(tmp_path / "run" / "model"), receiver_model=str(tmp_path / "run" / "receiver"))
+    flags = tiny | folders | dict(response_length=500, output_dir=str(tmp_path / "other"))
+    assert main(to_argv(flags)) == 2 and "has 128 positions" in capsys.readouterr().err
+
+
 def test_layers_of_settings(tmp_path):
     assert configure(task="translation", method="ppo").kl_coef == 0
     assert configure(task="translation", method="ppo", kl_coef=0.3).kl_coef == 0.3
@@ -127,6 +153,8 @@ def test_layers_of_settings(tmp_path):
     path.write_text("task: translation\nlearning_rate: 1e-5\nupdates: 7\nsender_data: [a, b]\n")
     given, command = parse_flags(["--config", str(path), "--updates", "9"])
     assert given == dict(task="translation", learning_rate=1e-5, updates=9, sender_data=["a", "b"])
+    path.write_text("compare: ppo\nconfig: another.yaml\n")
+    assert parse_flags(["--config", str(path)])[1].compare == "ppo"
     path.write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="unrecognized arguments: --learning_rat"):
         parse_flags(["--config", str(path)])
@@ -167,5 +195,5 @@ def test_help_lists_every_flag_and_method():
     flat = " ".join(text.split())
     for f in elastic_reset.fields(elastic_reset.Config):
         assert f"--{f.name}" in flat
-    assert all(method in flat for method in METHODS)
+    assert all(method in "".join(text.split()) for method in METHODS)
     assert json.dumps("theta_bar <- theta_0")[1:-1] in flat

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import TINY
 
-from elastic_reset import area_under_front, main, pm, to_argv, tradeoff
+from elastic_reset import area_under_front, main, mean_and_error, seed_means, to_argv, tradeoff
 
 
 def history(*points):
@@ -25,15 +25,15 @@ def test_numbers_by_hand():
         "b": {0: history((1, 0), (2, 1), (3, 9)), 1: history((1, 0), (1, 0), (1, 0))},
     }
     numbers = tradeoff(runs)
-    assert numbers["bound"] == 1.5 and numbers["range"] == [1, 1.5]
+    assert numbers["range"] == [1, 1.5]
     assert numbers["methods"]["a"]["reward"] == [3, 5] and numbers["methods"]["a"]["passed"] == [None, 2]
     assert numbers["methods"]["b"]["drift"] == [3, 1] and numbers["methods"]["b"]["passed"] == [1, None]
     assert numbers["methods"]["a"]["area"] == pytest.approx([(0.2 * 2 + 0.1 * 3) / 0.5, 0.4 * 1 / 0.5])
 
 
 def test_mean_and_standard_error():
-    assert pm([1.0, 2.0, 3.0]) == "2 +- 0.58"
-    assert pm([1.0]) == "1 +- 0"
+    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2, 1 / 3**0.5))
+    assert mean_and_error([1.0]) == (1, 0)
 
 
 def test_comparison_end_to_end_and_resumed(tmp_path, capsys):
@@ -50,7 +50,7 @@ def test_comparison_end_to_end_and_resumed(tmp_path, capsys):
     record = json.loads((tmp_path / "tradeoff.json").read_text())
     assert set(record["runs"]) == {"elastic-reset", "ppo:kl_coef=0.2", "average-after"}
     assert set(record["runs"]["elastic-reset"]) == {"3", "4"}
-    assert record["configs"]["ppo:kl_coef=0.2"]["kl_coef"] == 0.2 and "--compare" in record["command"]
+    assert record["configs"]["ppo:kl_coef=0.2"]["kl_coef"] == 0.2 and len(record["commit"]) > 0
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     summary = (tmp_path / "summary.md").read_text()
     assert "| elastic-reset |" in summary and summary.strip() in capsys.readouterr().out
@@ -58,6 +58,14 @@ def test_comparison_end_to_end_and_resumed(tmp_path, capsys):
     before = [place.stat().st_mtime_ns for place in places]
     assert len(places) == 6 and main(argv) == 0
     assert before == [place.stat().st_mtime_ns for place in places]
+
+
+def test_means_over_common_evaluations():
+    runs = {
+        0: history((1, 0), (2, 4), (5, 5)),
+        1: [*history((1, 2)), dict(update=2, event="", drift=7, reward=9)],
+    }
+    assert seed_means(runs, "reward") == [(1, 7), (1, 2)]
 
 
 def test_a_run_that_fails_is_named(tmp_path, capsys):

@@ -27,7 +27,7 @@ def command(flags):
 
 
 def test_files_of_a_run(tiny, tmp_path, capsys):
-    result = train(configure(**tiny))
+    result = train(configure(**tiny | dict(learning_rate=0.05)))
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert names == {
@@ -99,15 +99,15 @@ def test_early_stop(tiny, monkeypatch):
     steps = []
     step = elastic_reset.optimizer_step
     monkeypatch.setattr(
-        elastic_reset, "optimizer_step", lambda *args: (steps.append(args[1]), step(*args))[1]
+        elastic_reset, "optimizer_step", lambda *args: (steps.append(args[2]), step(*args))[1]
     )
-    train(configure(**tiny | dict(early_stop_kl=0.0, num_ppo_epochs=4)))
+    train(configure(**tiny | dict(early_stop_kl=1e-12, num_ppo_epochs=4)))
     policy_steps = [module for module in steps if isinstance(module, elastic_reset.ActorCritic)]
     assert len(policy_steps) == 4 * 2  # each update ends after its first epoch of two minibatches
 
 
 def test_adaptive_kl_moves_the_coefficient(tiny):
-    history = train(configure(**tiny | dict(kl_target=1e-3, kl_horizon=100)))["history"]
+    history = train(configure(**tiny | dict(kl_coef=0.1, kl_target=1e-3, kl_horizon=100)))["history"]
     assert history[-1]["kl_coef"] != history[1]["kl_coef"]
 
 
@@ -122,7 +122,7 @@ def test_kl_reference_at_the_last_reset(tiny):
     "flags", [{}, dict(kl_reference="reset"), dict(kl_reference="ema", separate_value_model=True)]
 )
 def test_resumed_run_is_identical(tiny, tmp_path, flags, monkeypatch):
-    whole = tiny | flags | dict(kl_target=1.0, output_dir=str(tmp_path / "whole"))
+    whole = tiny | flags | dict(kl_coef=0.1, kl_target=1.0, output_dir=str(tmp_path / "whole"))
     train(configure(**whole))
     part = whole | dict(output_dir=str(tmp_path / "part"))
 
@@ -190,7 +190,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
 
 def test_second_run_does_not_overwrite_the_first(tiny):
     train(configure(**tiny))
-    with pytest.raises(ValueError, match="holds a run: --resume true goes on"):
+    with pytest.raises(ValueError, match="holds a run: go on with --resume true"):
         train(configure(**tiny))
     with pytest.raises(ValueError, match="with learning_rate 0.0002, not 0.1"):
         train(configure(**tiny | dict(resume=True, learning_rate=0.1)))
@@ -207,13 +207,15 @@ def test_not_finite(tiny, tmp_path, quantity, monkeypatch):
     else:
         step = elastic_reset.optimizer_step
 
-        def broken(loss, module, *rest):
-            numbers = step(loss, module, *rest)
+        def broken(accelerator, loss, module, *rest):
+            numbers = step(accelerator, loss, module, *rest)
             mine = isinstance(module, elastic_reset.ActorCritic) is not quantity.startswith("receiver")
             return numbers | ({quantity.removeprefix("receiver_"): float("inf")} if mine else {})
 
         monkeypatch.setattr(elastic_reset, "optimizer_step", broken)
-    with pytest.raises(FloatingPointError, match=f"update 1: {quantity} is (nan|inf); no checkpoint yet"):
+    with pytest.raises(
+        FloatingPointError, match=f"update 1: {quantity} is (nan|inf); there is no checkpoint yet"
+    ):
         train(configure(**tiny))
 
 
@@ -277,25 +279,58 @@ def test_wrong_number_of_rewards(tmp_path):
 
 
 def test_two_processes(tiny, tmp_path):
-    """Two gloo processes share the batch and end with one policy; the run's files are the main process's."""
-    flags = tiny | dict(save_every=4, eval_every=4)
+    """Two gloo processes share the batch, pretrain once, end with one policy, and resume exactly."""
+    flags = tiny | dict(kl_coef=0.1, kl_target=1e-3, kl_horizon=100, d_model=24)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def run(place, updates):
+        own = flags | dict(output_dir=str(tmp_path / place), updates=updates, resume=True)
+        argv = [*launch, str(random.Random(place).randrange(20_000, 60_000)), *command(own)[1:]]
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run("whole", 4)
+    run("part", 2)
+    run("part", 4)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "part")
+    alone = train(configure(**flags | dict(output_dir=str(tmp_path / "alone"))))["history"]
+    assert metrics_of(tmp_path / "whole")[0]["reward"] == pytest.approx(alone[0]["reward"], abs=1e-4)
+    assert metrics_of(tmp_path / "whole")[-1] != alone[-1]
+
+
+def test_gradients_are_averaged_over_processes(tmp_path):
+    """optimizer_step() on two processes with losses 1 x and 3 x moves both by the mean gradient, 2."""
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from accelerate import Accelerator
+from elastic_reset import mean_over_processes, optimizer_step
+accelerator = Accelerator()
+assert accelerator.num_processes == 2
+layer = torch.nn.Linear(1, 1, bias=False)
+torch.nn.init.zeros_(layer.weight)
+optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+factor = 1.0 + 2.0 * accelerator.process_index
+stats = optimizer_step(accelerator, factor * layer(torch.ones(1, 1)).sum(), layer, optimizer, 1e9)
+assert layer.weight.item() == -2.0 and stats["gradient"] == 2.0
+assert mean_over_processes(dict(a=factor), accelerator) == dict(a=2.0)
+""")
     launch = [
         sys.executable,
         "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
+        "torch.distributed.run",
+        "--nproc_per_node",
         "2",
-        "--num_machines",
-        "1",
+        "--master_port",
+        "29731",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    train(configure(**tiny | dict(updates=1, output_dir=str(tmp_path / "pretrains"))))
-    run = subprocess.run(
-        launch + command(flags)[1:], capture_output=True, text=True, env=environment, check=False
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(script)], capture_output=True, text=True, env=environment, check=False
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert metrics_of(tmp_path / "run")[-1]["update"] == 4
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_learning_of_the_embedded_game(tmp_path):
@@ -311,6 +346,38 @@ def test_learning_of_the_embedded_game(tmp_path):
     assert end["reward"] > fixed["reward"] + 0.1 > start["reward"] + 0.5
     assert end["bleu_de"] > max(start["bleu_de"], fixed["bleu_de"]) + 20
     assert end["bleu_en"] > start["bleu_en"] + 20 and end["drift"] <= start["drift"]
+
+
+def test_samples_show_what_changes(tiny, tmp_path):
+    train(configure(**tiny | dict(method="average-after")))
+    text = (tmp_path / "run" / "samples.md").read_text()
+    assert "eta" not in text and text.count("## ") == 5
+    table = elastic_reset.samples_text([dict(update=0, event="", rows=[dict(a="x|y", b="same")])])
+    assert table == "## 1\n\n- a: x|y\n- b: same\n\n"
+
+
+def test_duplicate_french_counts_once(tiny, monkeypatch):
+    data = elastic_reset.toy_translations()
+    data["train"] = [dict(fr="un chien", en="", de="ein Hund"), dict(fr="un chien", en="", de="eine Katze")]
+    monkeypatch.setattr(elastic_reset, "toy_translations", lambda: data)
+    task = TranslationGame(configure(**tiny))
+    assert task.german == {"un chien": "ein Hund"} and task.prompts(2, 1) == ["un chien"] * 2
+
+
+def test_other_ways_of_generating_are_dropped(tmp_path):
+    task = Vowels()
+    task.policy.generation_config.no_repeat_ngram_size = 1
+    task.policy.generation_config.min_new_tokens = 5
+    config = dict(updates=1, response_length=6, batch_size=4, mini_batch_size=4)
+    train(configure(output_dir=str(tmp_path / "a"), **config), task=task)
+    assert task.policy.generation_config.no_repeat_ngram_size is None
+    task.policy.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="names no eos_token_id"):
+        train(configure(output_dir=str(tmp_path / "b"), **config), task=task)
+
+
+def test_large_seeds(tiny):
+    train(configure(**tiny | dict(seed=123_456_789, updates=1)))
 
 
 def test_tiny_flags_are_known():
