@@ -854,11 +854,11 @@ def evaluate(task, model, elastic, config):
     from accelerate.utils import set_seed
 
     set_seed(0)
-    metrics, kl = task.evaluate(), []
+    metrics, kl, start = task.evaluate(), [], elastic.by_name(elastic.init)
     for (prompts,) in chunks(task.validation_prompts):
         batch, _ = respond(task, prompts, config)
         logprobs, _, _ = logprobs_and_values(model, batch)
-        kl.append((logprobs - reference_logprobs(model, elastic.by_name(elastic.init), batch)).sum(1))
+        kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
     return metrics | {"kl": torch.cat(kl).mean().item()}
 
 
@@ -1456,7 +1456,7 @@ def pretrained_marian(role, data, config):
     recipe = [role, data[role], tokenizer.backend_tokenizer.to_str(), shape.to_dict(), torch.__version__]
     settings = "pretrain_updates pretrain_batch_size pretrain_learning_rate max_length max_grad_norm"
     recipe += [getattr(config, name) for name in settings.split()]
-    code = (fit, batches_of_like_length, shuffled, target_logprobs, response_logits, optimizer_step, adamw)
+    code = (fit, batches_of_like_length, shuffled, target_logprobs, response_logits, adamw)
     recipe += [inspect.getsource(function) for function in code]
     digest = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
@@ -1477,8 +1477,7 @@ def fit(model, tokenizer, pairs, config, what):
     from accelerate import Accelerator
     from transformers import get_linear_schedule_with_warmup
 
-    accelerator = Accelerator()
-    model.to(accelerator.device).train()
+    model.to(Accelerator().device).train()
     optimizer, updates = adamw(model, config.pretrain_learning_rate), config.pretrain_updates
     schedule = get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
     bar = progress(
