@@ -28,17 +28,21 @@ Rooms: 1 Elastic Reset, 2 PPO, 3 Tasks, 4 Training, 5 Trade-off, 6 Files, 7 Data
 """
 
 import argparse
+import builtins
 import contextlib
 import copy
 import csv
+import ctypes
 import functools
 import hashlib
 import importlib.util
 import inspect
 import itertools
 import json
+import marshal
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -60,6 +64,11 @@ try:
     import ema_kernel
 except ImportError:  # not built: averages take the torch._foreach path
     ema_kernel = None
+
+try:
+    import resource
+except ImportError:  # Windows: no sandbox
+    resource = None
 
 
 # ============================================ 1. Elastic Reset ============================================
@@ -231,7 +240,7 @@ def _trainable(model):
 
 
 def _places(params):
-    return [(p.data_ptr(), p.dtype, p.device) for p in map(_local, params)]
+    return [(p.to_local() if hasattr(p, "to_local") else p).data_ptr() for p in params]
 
 
 def _local(p):
@@ -290,11 +299,14 @@ class Config:
     ema_decay: float = flag(0.97, "the EMA's decay", 0, 1)
     ema_update: Literal["update", "epoch", "minibatch"] = flag("update", "how often the EMA is updated")
 
-    learning_rate: float = flag(2e-4, "AdamW's, for policy and value head", 0, 1, group="PPO")
+    learning_rate: float = flag(2e-4, "AdamW's", 0, 1, group="PPO")
+    value_learning_rate: float = flag(0.0, "of the value head or model; 0: learning_rate", 0, 1)
     batch_size: int = flag(128, "responses sampled an update", 1)
     mini_batch_size: int = flag(64, "responses an optimizer step; 0: batch_size", 0)
     num_ppo_epochs: int = flag(2, "passes over each batch; 0 keeps the policy fixed", 0)
+    gradient_accumulation_steps: int = flag(1, "parts a minibatch is cut into, to save memory", 1)
     response_length: int = flag(20, "longest response, in tokens", 1)
+    min_response_length: int = flag(0, "shortest response: no EOS is sampled before", 0)
     temperature: float = flag(1.0, "sampling temperature", 0.01, 100)
     gamma: float = flag(1.0, "discount", 0, 1)
     lam: float = flag(0.95, "lambda of the advantage estimation", 0, 1)
@@ -313,20 +325,39 @@ class Config:
     kl_horizon: int = flag(10_000, "responses within which the adaptation works", 1)
     kl_reference: Literal["init", "ema", "reset"] = flag("init", "start, EMA, or last reset")
 
-    model: str = flag("", "hub name or folder of the policy (FR->EN sender)", group="Models and data")
-    receiver_model: str = flag("", "hub name or folder of the EN->DE receiver")
+    model: str = flag("", "hub name or folder of the policy; empty: from scratch", group="Models and data")
+    reward_model: str = flag("", "hub name or folder of a classifier (imdb) or scorer (qa)")
+    language_model: str = flag("", "imdb: hub name or folder of the model that measures perplexity")
+    receiver_model: str = flag("", "translation: hub name or folder of the EN->DE receiver")
     data: str = flag("", "hub name or folder, also DIR:train[9000:]; empty: embedded data")
-    sender_data: list[str] = flag((), "fr, en pairs to pretrain the sender on; several allowed")
-    receiver_data: list[str] = flag((), "en, de pairs to pretrain the receiver on; several allowed")
-    receiver_learning_rate: float = flag(1e-3, "0 keeps the receiver fixed", 0, 1)
+    sft_data: str = flag("", "qa: question, response_j for stage 1; empty: data")
+    preference_data: str = flag("", "qa: question, response_j, response_k for stage 2; empty: data")
+    programs: str = flag("", "qa: problems in HumanEval's format, to run the model's answers against")
+    validation_data: str = flag("", "held-out rows; empty: the split `validation` of data")
+    sender_data: list[str] = flag((), "translation: fr, en pairs to pretrain the sender on; several allowed")
+    receiver_data: list[str] = flag((), "translation: en, de pairs to pretrain the receiver on")
+    receiver_learning_rate: float = flag(1e-3, "translation: 0 keeps the receiver fixed", 0, 1)
     d_model: int = flag(96, "pretraining: width of a model, a multiple of its 4 heads", 4)
-    layers: int = flag(1, "pretraining: layers of the encoder and of the decoder", 1)
+    layers: int = flag(1, "pretraining: layers (of the encoder and of the decoder)", 1)
     vocab_size: int = flag(0, "pretraining: BPE vocabulary; 0: one token a word", 0)
+    prompt_length: int = flag(10, "tokens of a review that make a prompt (imdb), longest question (qa)", 1)
     max_length: int = flag(64, "longest input or target text, in tokens; the rest is cut off", 2)
     pretrain_updates: int = flag(800, "pretraining: updates", 1)
-    pretrain_batch_size: int = flag(128, "pretraining: sentence pairs an update", 1)
+    pretrain_batch_size: int = flag(128, "pretraining: examples an update", 1)
     pretrain_learning_rate: float = flag(2e-3, "pretraining: peak learning rate", 0, 1)
+    reward_updates: int = flag(300, "updates of a reward model trained here", 1)
     average_after: int = flag(0, "mixtures of start and end to evaluate, after training", 0)
+
+    last_stage: Literal["sft", "reward", "rl"] = flag("rl", "where to stop", group="Technical QA")
+    lora_r: int = flag(8, "rank of the adapter, which alone is trained; alpha is twice that", 1)
+    lora_dropout: float = flag(0.0, "of stages 1 and 2; PPO has none", 0, 1)
+    load_in_8bit: bool = flag(False, "the frozen weights, by bitsandbytes")
+    save_merged: bool = flag(False, "beside the adapter, the model with the adapter merged into it")
+    allow_code_execution: bool = flag(False, "run programs that a model has written, in the sandbox")
+    program_samples: int = flag(1, "programs a problem; with more, pass@k too", 1)
+    program_length: int = flag(72, "longest program, in tokens", 1)
+    program_temperature: float = flag(1.0, "sampling temperature of programs", 0, 100)
+    program_top_p: float = flag(1.0, "probability mass that programs are sampled from", 0.01, 1)
 
     def __post_init__(self):
         for f in fields(self):
@@ -418,10 +449,11 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 
-def whiten(x, mask):
-    """Mean 0 and (unbiased) variance 1 over the unmasked tokens."""
-    mean = masked_mean(x, mask)
-    variance = ((x - mean).square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
+def whiten(x, mask, total=lambda part: part):
+    """Mean 0 and (unbiased) variance 1 over the unmasked tokens. `total`: sums over processes."""
+    tokens = total(mask.sum())
+    mean = total((x * mask).sum()) / tokens
+    variance = total(((x - mean).square() * mask).sum()) / (tokens - 1).clamp(min=1)
     return (x - mean) * (variance + 1e-8).rsqrt() * mask
 
 
@@ -442,7 +474,7 @@ def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_val
     entropy = masked_mean(entropy, mask)
     loss = policy_loss + vf_coef * value_loss - entropy_coef * entropy
     policy_kl, clipfrac = 0.5 * masked_mean(log_ratio.square(), mask), masked_mean(ratio != clipped, mask)
-    watch = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
+    watch = dict(loss=loss, policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
     watch |= dict(policy_kl=policy_kl, clipfrac=clipfrac)
     return loss, {name: value.item() for name, value in watch.items()}
 
@@ -479,9 +511,14 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
+    def value(self):
+        """What the value learning rate is for."""
+        return nn.ModuleList([m for m in (self.value_head, self.value_model) if m is not None])
+
     def forward(self, input_ids, attention_mask, responses):
         """Logits at the sampling temperature, (batch, response, vocab), and values, (batch, response)."""
         logits, hidden = response_logits(self.policy, input_ids, attention_mask, responses)
+        logits[:, : self.policy.generation_config.min_new_tokens or 0, _eos(self.policy)] = -1e9
         if self.value_model is not None:
             _, hidden = response_logits(self.value_model, input_ids, attention_mask, responses)
         return logits / self.temperature, self.value_head(hidden.float()).squeeze(-1)
@@ -511,13 +548,14 @@ def reference_logprobs(model, weights, batch):
 
 
 @torch.no_grad()
-def sample(policy, prompts, response_length, temperature=1.0):
-    """Tokens from the policy's own distribution (no top-k, no top-p), the likeliest ones at temperature 0.
+def sample(policy, prompts, response_length, temperature=1.0, top_p=1.0):
+    """Tokens from the policy's own distribution (for RL no top-p), the likeliest ones at temperature 0.
     `prompts`: input_ids, attention_mask (batch, prompt). Returns responses and mask, (batch, response)."""
     from transformers import GenerationConfig
 
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=top_p) if temperature else {}
     how |= dict(max_new_tokens=response_length, suppress_tokens=_never(policy) or None)
+    how |= dict(min_new_tokens=policy.generation_config.min_new_tokens)
     settings = GenerationConfig(num_beams=1, **how)
     tokens = policy.generate(**prompts, generation_config=settings)
     responses = tokens[:, 1 if policy.config.is_encoder_decoder else prompts["input_ids"].shape[1] :]
@@ -578,9 +616,10 @@ class Task(Protocol):
     def reward(self, prompts: list[str], responses: list[str]) -> list[float]:
         """One finite number a response."""
 
-    def evaluate(self) -> dict:
-        """Metrics of the policy as it is, numbers all: `reward`, `drift`, others. If it has `samples`, a list
-        of {column: text}, they go to samples.md."""
+    def evaluate(self, responses: list[str]) -> dict:
+        """Metrics of the policy as it is, numbers all: `reward`, `drift`, others. `responses`: one sampled
+        for each validation prompt, always from the same seed. `samples`, a list of {column: text}, go to
+        samples.md."""
 
 
 class TranslationGame:
@@ -600,7 +639,8 @@ class TranslationGame:
             d_model=256, layers=2, vocab_size=25_000, max_length=80, response_length=60,
             pretrain_updates=50_000, pretrain_batch_size=256, pretrain_learning_rate=5e-4,
             updates=10_000, batch_size=256, mini_batch_size=64, num_ppo_epochs=2, cliprange=0.1,
-            learning_rate=1e-4, receiver_learning_rate=1e-3, entropy_coef=0.01, vf_coef=0.5,
+            learning_rate=1e-4, value_learning_rate=1e-3, receiver_learning_rate=1e-3,
+            entropy_coef=0.01, vf_coef=0.5,
             ema_decay=0.995, reset_every=1000, eval_every=200, save_every=200, eval_size=1014,
         ),
         "paper/ppo-kl": dict(kl_coef=0.05),
@@ -621,7 +661,7 @@ class TranslationGame:
         self.receiver, self.receiver_tokenizer = seq2seq("receiver", config.receiver_model, data, config)
         self.accelerator = Accelerator()
         self.optimizer = self.accelerator.prepare_optimizer(
-            adamw(self.receiver, config.receiver_learning_rate)
+            adamw((self.receiver, config.receiver_learning_rate))
         )
         self.trained = {"receiver": self.receiver, "receiver_optimizer": self.optimizer}
         self.footnote = f"BLEU: {bleu(['a'], ['a'])[1]}"
@@ -636,10 +676,9 @@ class TranslationGame:
     def learn(self, prompts, responses):
         logprobs, mask = self._receive(responses, [self.german[french] for french in prompts])
         loss = -logprobs.sum() / mask.sum()
-        stats = optimizer_step(
-            self.accelerator, loss, self.receiver, self.optimizer, self.config.max_grad_norm
-        )
-        return {f"receiver_{name}": value for name, value in stats.items()}
+        self.accelerator.backward(loss)
+        stats = optimizer_step(self.accelerator, self.receiver, self.optimizer, self.config.max_grad_norm)
+        return dict(receiver_loss=loss.item(), receiver_gradient=stats["gradient"])
 
     def _receive(self, english, german):
         return target_logprobs(
@@ -647,7 +686,8 @@ class TranslationGame:
         )
 
     @torch.no_grad()
-    def evaluate(self):
+    def evaluate(self, responses):
+        """All by greedy decoding: what was sampled is not looked at."""
         french, human, reference = ([row[column] for row in self.validation] for column in ("fr", "en", "de"))
         longest = self.config.max_length
         english = translate(self.policy, self.tokenizer, french, longest, self.config.response_length)
@@ -667,7 +707,185 @@ class TranslationGame:
         )
 
 
-TASKS = {"translation": TranslationGame}
+class MockSentiment:
+    """Continue a film review so that it sounds positive (the paper's section 5; RL4LMs' IMDB task). The
+    reward is a classifier's probability of label 1 for prompt + continuation. `drift` is the perplexity of
+    the continuations under a separate language model, which the policy does not see."""
+
+    presets = {
+        "mini": dict(
+            layers=2, prompt_length=10, response_length=32, min_response_length=32, max_length=60,
+            pretrain_updates=500, pretrain_batch_size=64, reward_updates=500,
+            updates=120, batch_size=64, mini_batch_size=32, num_ppo_epochs=4, lam=1.0,
+            learning_rate=1e-4, value_learning_rate=3e-3, reset_every=20, ema_decay=0.9, eval_size=200,
+        ),
+        "paper": dict(
+            model="lvwerra/gpt2-imdb", reward_model="lvwerra/distilbert-imdb", language_model="gpt2",
+            data="stanfordnlp/imdb", validation_data="stanfordnlp/imdb:test[:5000]",
+            prompt_length=64, response_length=48, min_response_length=48, max_length=512,
+            updates=50, batch_size=27, mini_batch_size=1, num_ppo_epochs=5, learning_rate=1e-6,
+            gamma=0.99, vf_coef=0.5, max_grad_norm=0.5, separate_value_model=True,
+            kl_coef=0.001, kl_target=1.0, kl_reference="ema", ema_decay=0.995, reset_every=17,
+            eval_size=1000, eval_every=5,
+        ),  # an update: 1,280 tokens there, 27 responses of 48 here; a minibatch: 64 tokens there, 48 here
+    }  # fmt: skip
+
+    trained = {}
+
+    def __init__(self, config: Config):
+        data = review_data(config)
+        self.config, self.gold = config, data["gold"]
+        self.policy, self.tokenizer = causal_lm("policy", config.model, data, config)
+        self.judge = causal_lm("language model", config.language_model, data, config, seed=1)
+        self.reward_model = classifier("classifier", config.reward_model, data, config)
+        held_out = data["validation"][: config.eval_size]
+        self.cuts = [self._cut(text) for text, _ in data["train"]]
+        self.validation_prompts = [self._cut(text) for text, _ in held_out]
+        self.footnote = self._held_out(held_out)
+
+    def _cut(self, text):
+        tokens = self.tokenizer(text, truncation=True, max_length=self.config.prompt_length)["input_ids"]
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def prompts(self, n, update):
+        return shuffled(self.cuts, n, update, self.config.seed)
+
+    @torch.no_grad()
+    def reward(self, prompts, responses):
+        rewards = []
+        for (texts,) in chunks(joined(self.tokenizer, prompts, responses)):
+            logits = class_logits(*self.reward_model, texts, self.config.max_length)
+            rewards += logits.softmax(-1)[:, 1].tolist()
+        return rewards
+
+    def evaluate(self, responses):
+        prompts = self.validation_prompts
+        texts = joined(self.tokenizer, prompts, responses)
+        rewards, words = self.reward(prompts, responses), [response.split() for response in responses]
+        rows = zip(prompts[:5], responses[:5], strict=True)
+        return dict(
+            reward=sum(rewards) / len(rewards),
+            drift=perplexity(*self.judge, prompts, texts),
+            distinct_1=distinct(words, 1),
+            distinct_2=distinct(words, 2),
+            words=sum(map(len, words)) / len(words),
+            **self.gold(prompts, texts),
+            samples=[dict(prompt=prompt, continuation=response) for prompt, response in rows],
+        )
+
+    @torch.no_grad()
+    def _held_out(self, rows):
+        """How good what was trained from scratch is, on held-out reviews."""
+        texts, labels = zip(*rows, strict=True)
+        logits = [class_logits(*self.reward_model, list(t), self.config.max_length) for (t,) in chunks(texts)]
+        right = torch.cat(logits).argmax(-1).cpu() == torch.tensor(labels)
+        ppl = perplexity(*self.judge, self.validation_prompts, texts)
+        return f"held out: perplexity {ppl:.2f}, the classifier's accuracy {right.float().mean():.3f}"
+
+
+STACK = "hf://datasets/lvwerra/stack-exchange-paired/data"
+
+
+class TechnicalQA:
+    """Answer technical questions as a reward model likes it (the paper's section 6, StackLLaMA). In stages:
+    supervised fine-tuning on human answers, a reward model from pairs of a preferred and another answer, PPO
+    on a LoRA adapter. `drift` is the policy's perplexity of held-out human answers; pass@k, on functions that
+    are executed against their tests, is the alignment tax."""
+
+    presets = {
+        "mini": dict(
+            layers=2, max_length=200, prompt_length=200, response_length=72, pretrain_updates=500,
+            pretrain_batch_size=64, pretrain_learning_rate=3e-3, reward_updates=200,
+            updates=40, batch_size=64, mini_batch_size=32, num_ppo_epochs=2, lam=1.0, vf_coef=0.01,
+            cliprange_value=5.0, learning_rate=4e-4, value_learning_rate=3e-3,
+            reset_every=10, ema_decay=0.8, eval_size=200,
+        ),
+        "paper": dict(
+            model="huggyllama/llama-7b", load_in_8bit=True, dtype="bfloat16", lora_r=16, lora_dropout=0.05,
+            sft_data=f"{STACK}/finetune/*.parquet:train[:200000]",
+            preference_data=f"{STACK}/reward/*.parquet:train[:100000]",
+            data=f"{STACK}/rl/*.parquet:train[:100000]",
+            validation_data=f"{STACK}/evaluation/*.parquet:train[:4000]",
+            programs="openai/openai_humaneval:test", program_samples=200, program_length=256,
+            program_temperature=0.2, program_top_p=0.95,
+            prompt_length=512, max_length=1024, response_length=128, min_response_length=32,
+            pretrain_updates=5000, reward_updates=5000, pretrain_batch_size=16, pretrain_learning_rate=1e-5,
+            updates=600, batch_size=128, mini_batch_size=128, gradient_accumulation_steps=8, num_ppo_epochs=4,
+            learning_rate=1.41e-5, early_stop_kl=0.1, kl_coef=0.02, kl_target=6.0, kl_horizon=10_000,
+            ema_decay=0.995, ema_update="epoch", reset_every=260, eval_size=4000, eval_every=100,
+        ),
+    }  # fmt: skip
+
+    trained = {}
+
+    def __init__(self, config: Config):
+        data = qa_data(config)
+        (_, sft), (_, reward) = self.stages(config, data)
+        self.config, self.problems, self.program_of = config, data["problems"], data["program_of"]
+        self.questions, held_out = data["questions"], data["validation"][: config.eval_size]
+        self.validation_prompts, self.human = map(list, zip(*held_out, strict=True))
+        base, self.tokenizer = load_model("policy", sft, "CausalLM", config)
+        self.policy = lora(base, "CAUSAL_LM", config)
+        self.reward_model = load_model("reward model", reward, "SequenceClassification", config, num_labels=1)
+        self.footnote = f"held out: the reward model's accuracy {self._accuracy(data['held_out']):.3f}"
+
+    @staticmethod
+    def stages(config, data):
+        """(stage, hub name or folder of its model), one after the other."""
+        sft = supervised_finetuning(config, data)
+        yield "sft", sft
+        yield "reward", config.reward_model or reward_modelling(config, data, sft)
+
+    def prompts(self, n, update):
+        return shuffled(self.questions, n, update, self.config.seed)
+
+    @torch.no_grad()
+    def reward(self, prompts, responses):
+        """The raw score of question and answer, read up to its end mark."""
+        eos, rewards = self.tokenizer.eos_token, []
+        for part in chunks([p + r + eos for p, r in zip(prompts, responses, strict=True)]):
+            rewards += class_logits(*self.reward_model, *part, 2 * self.config.max_length)[:, 0].tolist()
+        return rewards
+
+    def evaluate(self, responses):
+        prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
+        eos = self.tokenizer.eos_token
+        human = [prompt + answer + eos for prompt, answer in zip(prompts, self.human, strict=True)]
+        rows = zip(prompts[:5], responses[:5], strict=True)
+        return dict(
+            reward=sum(rewards) / len(rewards),
+            drift=perplexity(self.policy, self.tokenizer, prompts, human),
+            words=sum(len(response.split()) for response in responses) / len(responses),
+            **self._passed(),
+            samples=[dict(question=question, answer=answer) for question, answer in rows],
+        )
+
+    def _passed(self):
+        """pass_at_1 and, of more samples a problem, pass_at_10 and the like."""
+        n, config, programs = self.config.program_samples, self.config, []
+        prompts = [problem["prompt"] for problem in self.problems for _ in range(n)]
+        how = (config.program_length, config.program_temperature, config.program_top_p)
+        for (part,) in chunks(prompts):
+            tokens = tokens_of(self.tokenizer, part, config.max_length, self.policy.device)
+            answers, _ = sample(self.policy, tokens, *how)
+            programs += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        tests = [problem["test"] for problem in self.problems for _ in range(n)]
+        programs = [self.program_of(*texts) for texts in zip(prompts, programs, strict=True)]
+        passed = run_programs(list(zip(programs, tests, strict=True)))
+        right = [sum(passed[i : i + n]) for i in range(0, len(passed), n)]
+        return {
+            f"pass_at_{k}": sum(pass_at_k(n, c, k) for c in right) / len(right)
+            for k in (1, 10, 100)
+            if right and k <= n
+        }
+
+    def _accuracy(self, pairs):
+        better, worse = zip(*pairs, strict=True)
+        scores = [self.reward([""] * len(pairs), answers) for answers in (better, worse)]
+        return sum(a > b for a, b in zip(*scores, strict=True)) / len(pairs)
+
+
+TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQA}
 
 
 # =============================================== 4. Training ===============================================
@@ -680,33 +898,22 @@ def train(config: Config, task: Task | None = None) -> dict:
     Raises ValueError for settings or data that cannot be used, FloatingPointError when a reward, a loss or a
     gradient is not finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
 
     accelerator = Accelerator(**tracking(config))
     run = Run(config, accelerator)
     task = task or TASKS[config.task](config)
-    task.policy.eval()  # no dropout: the ratio of a policy to itself must be 1
-    sample_plainly(task.policy)
-    model = ActorCritic(task.policy, config.temperature, config.separate_value_model)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    optimizer = accelerator.prepare_optimizer(adamw(model, config.learning_rate))
+    model, optimizer = actor_critic(task.policy, config, accelerator)
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
     reference = kl_reference(elastic, config)
     kl_coef = KLCoefficient(config.kl_coef, config.kl_target, config.kl_horizon)
-    own_reference = dict(reference=reference) if config.kl_reference == "reset" else {}
-    parts = dict(model=model, optimizer=optimizer, elastic=elastic, kl_coef=kl_coef)
-    run.resume(parts | own_reference | task.trained)
+    parts = dict(model=model, optimizer=optimizer, elastic=elastic, kl_coef=kl_coef) | task.trained
+    run.resume(parts | dict(reference=reference) if config.kl_reference == "reset" else parts)
     if not run.history:
         run.log(0, evaluate(task, model, elastic, config))
 
     for update in run.updates():
-        # Seed and prompts are functions of the update's number: a resumed run goes on as if uninterrupted
-        seed = (config.seed * 1_000_003 + update) * accelerator.num_processes
-        set_seed(seed % (2**32 - accelerator.num_processes), device_specific=True)
-
         # 1. Sample a response to each prompt
-        prompts = task.prompts(config.batch_size, update)
-        prompts = prompts[accelerator.process_index :: accelerator.num_processes]
+        prompts = prompts_of(task, update, config, accelerator)
         batch, texts = respond(task, prompts, config)
 
         # 2. Score: a reward for the response, a KL penalty for each of its tokens
@@ -720,7 +927,7 @@ def train(config: Config, task: Task | None = None) -> dict:
         # 3. Advantages
         advantages, returns = gae(rewards, values, batch["mask"], config.gamma, config.lam)
         if config.whiten_advantages:
-            advantages = whiten(advantages, batch["mask"])
+            advantages = whiten(advantages, batch["mask"], accelerator.reduce)
         batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
 
         # 4. PPO epochs over minibatches
@@ -728,14 +935,12 @@ def train(config: Config, task: Task | None = None) -> dict:
         stats = dict(train_reward=scores.mean().item(), train_kl=train_kl, kl_coef=kl_coef.value)
         for _epoch in range(config.num_ppo_epochs):
             for mb in minibatches(batch, config, accelerator):
-                loss, mb_stats = ppo_loss(*logprobs_and_values(model, mb), mb, **loss_settings(config))
-                mb_stats |= optimizer_step(accelerator, loss, model, optimizer, config.max_grad_norm)
+                mb_stats = ppo_gradient(model, mb, config, accelerator)
+                mb_stats |= optimizer_step(accelerator, model, optimizer, config.max_grad_norm)
                 stats |= mean_over_processes(mb_stats, accelerator)
                 run.check_finite(**stats)
-                if config.ema_update == "minibatch":
-                    elastic.update()
-            if config.ema_update == "epoch":
-                elastic.update()
+                average(elastic, "minibatch", config)
+            average(elastic, "epoch", config)
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         kl_coef.adapt(train_kl, config.batch_size)
@@ -744,24 +949,44 @@ def train(config: Config, task: Task | None = None) -> dict:
             run.check_finite(**stats)
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
-        if config.ema_update == "update":
-            elastic.update()
+        average(elastic, "update", config)
 
         # 6. Reset: policy <- EMA, EMA <- start
-        reset_due = config.reset != "none" and update % config.reset_every == 0
-        if reset_due:
+        due = update % config.reset_every == 0
+        if due and config.reset != "none":
             run.log(update, evaluate(task, model, elastic, config) | stats, "before reset")
             elastic.reset()
-        if config.kl_reference == "reset" and update % config.reset_every == 0:
+        if due and config.kl_reference == "reset":
             reference[:] = [p.detach().clone() for p in elastic.params]
 
         # 7. Evaluate and log
-        if reset_due or update % config.eval_every == 0 or update == config.updates:
-            event = "after reset" if reset_due else ""
+        event = "after reset" if due and config.reset != "none" else ""
+        if event or update % config.eval_every == 0 or update == config.updates:
             run.log(update, evaluate(task, model, elastic, config) | stats, event)
 
     average_after(task, model, elastic, run, config)
     return run.finish(task)
+
+
+def actor_critic(policy, config, accelerator):
+    """The policy with its value function, and the optimizer of both."""
+    policy.eval()  # no dropout: the ratio of a policy to itself must be 1
+    sample_plainly(policy, config.min_response_length)
+    model = ActorCritic(policy, config.temperature, config.separate_value_model)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    rates = [config.learning_rate, config.value_learning_rate or config.learning_rate]
+    groups = zip([model.policy, model.value()], rates, strict=True)
+    return model, accelerator.prepare_optimizer(adamw(*groups))
+
+
+def prompts_of(task, update, config, accelerator):
+    """This process's prompts of an update. They and the seed set here are functions of the update's number: a
+    resumed run goes on as if uninterrupted."""
+    from accelerate.utils import set_seed
+
+    seed = (config.seed * 1_000_003 + update) * accelerator.num_processes
+    set_seed(seed % (2**32 - accelerator.num_processes), device_specific=True)
+    return task.prompts(config.batch_size, update)[accelerator.process_index :: accelerator.num_processes]
 
 
 def respond(task, prompts, config):
@@ -795,14 +1020,36 @@ def minibatches(batch, config, accelerator):
         yield {name: tensor[rows] for name, tensor in batch.items()}
 
 
-def loss_settings(config):
+def ppo_gradient(model, minibatch, config, accelerator):
+    """The gradient of ppo_loss's mean over the tokens of a minibatch, of all processes, in
+    `gradient_accumulation_steps` parts. Returns the numbers to watch."""
     names = ("cliprange", "cliprange_value", "vf_coef", "entropy_coef")
-    return {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in names}
+    tokens, watched = accelerator.reduce(minibatch["mask"].sum(), "mean"), {}
+    for rows in torch.arange(len(minibatch["mask"])).chunk(config.gradient_accumulation_steps):
+        part = {name: tensor[rows] for name, tensor in minibatch.items()}
+        share = part["mask"].sum() / tokens
+        loss, stats = ppo_loss(*logprobs_and_values(model, part), part, **settings)
+        accelerator.backward(loss * share)
+        for name, value in stats.items():
+            watched[name] = watched.get(name, 0.0) + value * share.item()
+    return watched
 
 
-def adamw(module, learning_rate):
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+def average(elastic, moment, config):
+    if config.ema_update == moment:
+        elastic.update()
+
+
+def adamw(*groups):
+    """AdamW without weight decay for (module, learning rate) pairs; what a module shares with an earlier one
+    stays there."""
+    seen, settings = set(), []
+    for module, learning_rate in groups:
+        parameters = [p for p in module.parameters() if p.requires_grad and p not in seen]
+        seen.update(parameters)
+        settings.append(dict(params=parameters, lr=learning_rate))
+    return torch.optim.AdamW(settings, weight_decay=0.0)
 
 
 def tracking(config):
@@ -814,9 +1061,10 @@ def tracking(config):
     return dict(log_with=config.report_to, project_dir=str(folder_of(config)))
 
 
-def sample_plainly(policy):
-    """Drops a model's own ways of generating (beams, forced tokens, penalties): a policy is its distribution.
-    ValueError if a token that sampling needs is not named."""
+def sample_plainly(policy, min_response_length=0):
+    """Drops a model's own ways of generating (beams, forced tokens, penalties): a policy is its distribution,
+    of which an EOS before `min_response_length` is no part. ValueError if a token that sampling needs is not
+    named."""
     from transformers import GenerationConfig
 
     needed = ["pad_token_id", "eos_token_id"]
@@ -825,7 +1073,7 @@ def sample_plainly(policy):
     for name, token in tokens.items():
         if token is None:
             raise ValueError(f"the model names no {name}; set model.generation_config.{name}")
-    policy.generation_config = GenerationConfig(**tokens)
+    policy.generation_config = GenerationConfig(**tokens, min_new_tokens=min_response_length)
 
 
 def mean_over_processes(stats, accelerator):
@@ -834,9 +1082,8 @@ def mean_over_processes(stats, accelerator):
     return dict(zip(stats, accelerator.reduce(values, "mean").tolist(), strict=True))
 
 
-def optimizer_step(accelerator, loss, module, optimizer, max_grad_norm):
-    """One step on the gradient averaged over the processes. Returns the loss and the gradient's norm."""
-    accelerator.backward(loss)
+def optimizer_step(accelerator, module, optimizer, max_grad_norm):
+    """One step on the gradient averaged over the processes. Returns the gradient's norm."""
     parameters = [p for p in module.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
         flat = accelerator.reduce(torch.cat([p.grad.reshape(-1) for p in parameters]), "mean")
@@ -845,7 +1092,7 @@ def optimizer_step(accelerator, loss, module, optimizer, max_grad_norm):
     norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return dict(loss=loss.item(), gradient=norm.item())
+    return dict(gradient=norm.item())
 
 
 @torch.no_grad()
@@ -854,12 +1101,13 @@ def evaluate(task, model, elastic, config):
     from accelerate.utils import set_seed
 
     set_seed(0)
-    metrics, kl, start = task.evaluate(), [], elastic.by_name(elastic.init)
+    responses, kl, start = [], [], elastic.by_name(elastic.init)
     for (prompts,) in chunks(task.validation_prompts):
-        batch, _ = respond(task, prompts, config)
+        batch, texts = respond(task, prompts, config)
         logprobs, _, _ = logprobs_and_values(model, batch)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
-    return metrics | {"kl": torch.cat(kl).mean().item()}
+        responses += texts
+    return task.evaluate(responses) | {"kl": torch.cat(kl).mean().item()}
 
 
 def average_after(task, model, elastic, run, config):
@@ -1179,6 +1427,10 @@ class Run:
                 with written_whole(self.folder / name) as aside:
                     model.save_pretrained(aside)
                     getattr(task, f"{name}_tokenizer", task.tokenizer).save_pretrained(aside)
+        if self.config.save_merged and hasattr(task.policy, "merge_and_unload"):
+            with written_whole(self.folder / "merged") as aside:
+                task.policy.merge_and_unload().save_pretrained(aside)
+                task.tokenizer.save_pretrained(aside)
         self.write_metrics()
         with written_whole(self.folder / "curve.png") as aside:
             plot_run(self.history, aside)
@@ -1334,14 +1586,19 @@ def samples_text(samples):
     ]
     parts = []
     for i, row in enumerate(shown[0]["rows"]):
-        parts += [f"## {i + 1}", "", *(f"- {c}: {one_line(row[c])}" for c in columns if c not in moving), ""]
+        parts += [f"## {i + 1}", "", *(f"- {c}: {cell(row[c])}" for c in columns if c not in moving), ""]
         if moving:
             parts += ["| update | " + " | ".join(moving) + " |", "|---" * (len(moving) + 1) + "|"]
         for s in shown if moving else []:
-            texts = [one_line(s["rows"][i][c]).replace("|", "\\|") for c in moving]
+            texts = [cell(s["rows"][i][c]) for c in moving]
             parts.append("| " + " | ".join([f"{s['update']} {s['event']}".strip(), *texts]) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def cell(text):
+    """Text for a cell of a Markdown table, its lines and indentations kept."""
+    return text.strip().replace("|", "\\|").replace("    ", "&emsp;").replace("\n", "<br>")
 
 
 def before_and_after(start, end):
@@ -1372,18 +1629,20 @@ def _order(n, seed, epoch):
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
-def tokens_of(tokenizer, texts, max_length, device):
+def tokens_of(tokenizer, texts, max_length, device, **settings):
     """input_ids and attention_mask, (batch, longest text)"""
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    settings = dict(padding=True, truncation=True, max_length=max_length, return_tensors="pt") | settings
+    tokens = tokenizer(texts, **settings)
     return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def target_logprobs(model, tokenizer, sources, targets, max_length):
-    """log p(target token | source, tokens before), 0 where padded, and the mask, (batch, target)."""
+    """log p(target token | source, tokens before), 0 where padded, and the mask, (batch, target). A decoder's
+    targets are taken as they are: an EOS must stand in their text."""
     source = tokens_of(tokenizer, sources, max_length, model.device)
-    settings = dict(padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-    target = tokenizer(text_target=targets, **settings)
-    tokens, mask = target["input_ids"].to(model.device), target["attention_mask"].to(model.device).bool()
+    settings = dict(padding_side="right", add_special_tokens=model.config.is_encoder_decoder)
+    target = tokens_of(tokenizer, None, max_length, model.device, text_target=targets, **settings)
+    tokens, mask = target["input_ids"], target["attention_mask"].bool()
     logits, _ = response_logits(model, **source, responses=tokens)
     return torch.where(mask, gather_logprobs(logits, tokens), 0.0), mask
 
@@ -1391,6 +1650,46 @@ def target_logprobs(model, tokenizer, sources, targets, max_length):
 def token_mean(logprobs, mask):
     """(batch, target) -> (batch,)"""
     return logprobs.sum(1) / mask.sum(1)
+
+
+def joined(tokenizer, prompts, responses):
+    """Prompts with their responses, a space between them if the tokenizer's words do not bring their own."""
+    space = "" if any(t.startswith((" ", "Ġ")) for t in tokenizer.get_vocab()) else " "
+    return [prompt + space + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, prompts, texts, window=1024, stride=512):
+    """exp of the mean negative log-likelihood of a token of `texts` behind their beginnings, `prompts`, which
+    are tokenized apart, as a policy sees them. Long texts go through in windows, each `stride` tokens after
+    the one before, where only new tokens count."""
+    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    stride, pieces, total, count = min(stride, window // 2), [], 0.0, 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        tokens = tokenizer(prompt, verbose=False)["input_ids"]
+        done = max(1, len(tokens))
+        tokens += tokenizer(text[len(prompt) :], add_special_tokens=False, verbose=False)["input_ids"]
+        end = min(max(window, done + stride), len(tokens))
+        while done < end:
+            pieces.append((tokens[max(0, end - window) : end], end - done))
+            done, end = end, min(end + stride, len(tokens))
+    for (part,) in chunks(sorted(pieces, key=lambda piece: len(piece[0])), size=16):
+        rows = [torch.tensor(tokens, device=model.device) for tokens, _ in part]
+        left = dict(batch_first=True, padding_side="left")
+        input_ids = nn.utils.rnn.pad_sequence(rows, **left)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], **left)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions).logits
+        logprobs = gather_logprobs(logits[:, :-1], input_ids[:, 1:])
+        for row, (_, new) in zip(logprobs, part, strict=True):
+            total, count = total - row[-new:].sum().item(), count + new
+    return math.exp(total / max(1, count))
+
+
+def distinct(texts, n):
+    """Different n-grams, as a share of all in `texts`, lists of words."""
+    grams = [gram for words in texts for gram in zip(*(words[i:] for i in range(n)), strict=False)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def translate(model, tokenizer, texts, max_length, response_length):
@@ -1411,39 +1710,55 @@ def bleu(translations, references):
     return metric.corpus_score(translations, [references]).score, str(metric.get_signature())
 
 
-def seq2seq(role, name, data, config):
-    """A translation model and its tokenizer: by hub name or from a folder or, without a name, a Marian
-    trained from scratch on data[role], pairs of source and target."""
+def load_model(role, name, kind, config, **settings):
+    """A model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by hub name or
+    from a folder. ValueError if they cannot be used."""
     import transformers
     from accelerate import Accelerator
     from safetensors import SafetensorError
 
-    name = name or str(pretrained_marian(role, data, config))
     transformers.logging.disable_progress_bar()
     try:
-        dtype = getattr(torch, config.dtype)
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        if config.load_in_8bit:
+            eight_bits = transformers.BitsAndBytesConfig(load_in_8bit=True)
+            settings |= dict(quantization_config=eight_bits, device_map={"": Accelerator().device})
+        model = auto.from_pretrained(name, dtype=getattr(torch, config.dtype), **settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         why = one_line(error)
-        raise ValueError(f"{role} {name!r} is no seq2seq model that can be loaded: {why}") from error
+        raise ValueError(f"{role} {name!r} cannot be loaded as a model for {kind}: {why}") from error
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
             module.requires_grad_(False)
-    sample_plainly(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(f"{role} {name!r}: its tokenizer has no padding token")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        name_tokens(model, tokenizer)
+        sample_plainly(model)
     positions, longest = getattr(model.config, "max_position_embeddings", None), config.response_length
     if positions and positions < max(longest, config.max_length):
         raise ValueError(f"{role} {name!r} has {positions} positions: lower max_length or response_length")
-    return model.to(Accelerator().device), tokenizer
+    return model if config.load_in_8bit else model.to(Accelerator().device), tokenizer
 
 
-def pretrained_marian(role, data, config):
-    """The cached folder of a Marian trained by maximum likelihood, named by a hash of all that made it."""
-    from accelerate import Accelerator
-    from transformers import MarianConfig, MarianMTModel
+def name_tokens(model, tokenizer):
+    """A decoder is prompted from the left, and often names no padding."""
+    if not model.config.is_encoder_decoder:
+        tokenizer.padding_side = "left"
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
 
+
+def seq2seq(role, name, data, config):
+    """A translation model and its tokenizer: by hub name or from a folder or, without a name, a Marian
+    trained from scratch on data[role], pairs of source and target."""
+    from transformers import MarianConfig
+
+    if name:
+        return load_model(role, name, "Seq2SeqLM", config)
     tokenizer, width = train_tokenizer(data["texts"], config.vocab_size, config.max_length), config.d_model
     pad, eos, size = tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)
     shape = MarianConfig(
@@ -1453,64 +1768,211 @@ def pretrained_marian(role, data, config):
         pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, forced_eos_token_id=None,
         max_position_embeddings=max(128, config.max_length, config.response_length), scale_embedding=True,
     )  # fmt: skip
-    recipe = [role, data[role], tokenizer.backend_tokenizer.to_str(), shape.to_dict(), torch.__version__]
-    settings = "pretrain_updates pretrain_batch_size pretrain_learning_rate max_length max_grad_norm"
+    updates = config.pretrain_updates
+    folder = pretrained(role, "Seq2SeqLM", shape, tokenizer, data[role], likelihood_loss, updates, config)
+    return load_model(role, str(folder), "Seq2SeqLM", config)
+
+
+def causal_lm(role, name, data, config, seed=0):
+    """A decoder and its tokenizer: by name or, without one, a GPT-2 trained from scratch on data["texts"]."""
+    if name:
+        return load_model(role, name, "CausalLM", config)
+    tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
+    halves = [text.partition(" ") for text in data["texts"]]  # a decoder needs a first word to go on from
+    examples, shape = [(first, " " + rest) for first, _, rest in halves if rest], gpt2(tokenizer, config)
+    recipe = (tokenizer, examples, likelihood_loss, config.pretrain_updates, config, seed)
+    return load_model(role, str(pretrained(role, "CausalLM", shape, *recipe)), "CausalLM", config)
+
+
+def classifier(role, name, data, config):
+    """A classifier and its tokenizer: by name or, without one, a GPT-2 trained from scratch on data["train"],
+    pairs of a text and a label, 0 or 1."""
+    kind = "SequenceClassification"
+    if not name:
+        tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
+        examples, shape = [(label, text) for text, label in data["train"]], gpt2(tokenizer, config)
+        recipe = (tokenizer, examples, label_loss, config.reward_updates, config)
+        name = str(pretrained(role, kind, shape, *recipe))
+    model, tokenizer = load_model(role, name, kind, config)
+    if model.config.num_labels != 2:
+        labels = model.config.num_labels
+        raise ValueError(f"{role} {name!r} has {labels} labels; expected 2, the second one positive")
+    return model.eval(), tokenizer
+
+
+def supervised_finetuning(config, data):
+    """Stage 1: maximum likelihood of human answers. Returns the name of `model`, fine-tuned through an
+    adapter and merged, or, without one, of a LLaMA trained from scratch."""
+    if config.model and not config.pretrain_updates:
+        return config.model
+    if config.model:
+        model, tokenizer = load_model("policy", config.model, "CausalLM", config)
+        start = lora(model, "CAUSAL_LM", config)
+    else:
+        tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
+        start = llama(tokenizer, config)
+    examples = [(question, answer + tokenizer.eos_token) for question, answer in data["sft"]]
+    recipe = (tokenizer, examples, likelihood_loss, config.pretrain_updates, config)
+    return str(pretrained("answers", "CausalLM", start, *recipe))
+
+
+def reward_modelling(config, data, sft):
+    """Stage 2: a scorer of answers from pairs, the better one first. It begins as the model of stage 1 with
+    an adapter or, where there is no `model`, from scratch. Returns its folder."""
+    kind, settings = "SequenceClassification", dict(num_labels=1)
+    if config.model:
+        model, tokenizer = load_model("reward model", sft, kind, config, **settings)
+        start = lora(model, "SEQ_CLS", config)
+    else:
+        _, tokenizer = load_model("policy", sft, "CausalLM", config)
+        start = llama(tokenizer, config, **settings)
+    eos = tokenizer.eos_token
+    examples = [(better + eos, worse + eos) for better, worse in data["preferences"]]
+    recipe = (tokenizer, examples, preference_loss, config.reward_updates, config)
+    return str(pretrained("reward model", kind, start, *recipe))
+
+
+def lora(model, task_type, config):
+    """The model frozen, with an adapter on its linear layers that begins as the identity."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    shape = dict(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=config.lora_dropout)
+    return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
+
+
+def llama(tokenizer, config, **settings):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=config.d_model, intermediate_size=2 * config.d_model,
+        num_hidden_layers=config.layers, num_attention_heads=4, bos_token_id=None,
+        max_position_embeddings=max(256, 2 * config.max_length), eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **settings,
+    )  # fmt: skip
+
+
+def pass_at_k(n, right, k):
+    """The unbiased estimate that one of k programs passes, of n of which `right` do (arXiv 2107.03374)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def gpt2(tokenizer, config):
+    from transformers import GPT2Config
+
+    eos, positions = tokenizer.eos_token_id, max(128, config.max_length + config.response_length)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return GPT2Config(
+        vocab_size=len(tokenizer), n_embd=config.d_model, n_layer=config.layers, n_head=4,
+        n_positions=positions, bos_token_id=eos, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
+        **no_dropout,
+    )  # fmt: skip
+
+
+def pretrained(role, kind, start, tokenizer, examples, loss_of, updates, config, seed=0):
+    """The cached folder of a model trained on `examples`, named by a hash of all that made it. `start`: a
+    transformers config, then it begins from scratch, or a model."""
+    import transformers
+    from accelerate import Accelerator
+
+    settings = "pretrain_batch_size pretrain_learning_rate max_length max_grad_norm"
+    recipe = [role, kind, examples, tokenizer.backend_tokenizer.to_str(), updates, seed, torch.__version__]
     recipe += [getattr(config, name) for name in settings.split()]
-    code = (fit, batches_of_like_length, shuffled, target_logprobs, response_logits, adamw)
+    recipe += [start.to_dict() if hasattr(start, "to_dict") else (start.name_or_path, repr(start))]
+    code = (fit, loss_of, batches_of_like_length, shuffled, target_logprobs, response_logits, adamw)
     recipe += [inspect.getsource(function) for function in code]
     digest = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
-    folder = cache / f"{role}-{digest}"
+    folder = cache / f"{role.replace(' ', '-')}-{digest}"
     with Accelerator().main_process_first():
         if not folder.exists():
-            torch.manual_seed(0)
-            model = MarianMTModel(shape)
-            fit(model, tokenizer, data[role], config, f"pretraining the {role}")
+            torch.manual_seed(seed)
+            auto = getattr(transformers, f"AutoModelFor{kind}")
+            model = auto.from_config(start) if hasattr(start, "to_dict") else start
+            fit(model, tokenizer, examples, loss_of, updates, config, f"training the {role}")
+            model = merged(model, config)
             with written_whole(folder) as aside:
                 model.save_pretrained(aside)
                 tokenizer.save_pretrained(aside)
     return folder
 
 
-def fit(model, tokenizer, pairs, config, what):
-    """Maximum likelihood on pairs (source, target): AdamW, a tenth of warm-up, then a linear decay."""
+def merged(model, config):
+    """The model with its adapter, if it has one, added to its weights; those are taken in full precision."""
+    import peft
+
+    if not isinstance(model, peft.PeftModel):
+        return model
+    if config.load_in_8bit:
+        adapter = peft.get_peft_model_state_dict(model)
+        base = type(model.get_base_model()).from_pretrained(
+            model.name_or_path, dtype=getattr(torch, config.dtype)
+        )
+        model = peft.get_peft_model(base, model.peft_config["default"])
+        peft.set_peft_model_state_dict(model, adapter)
+    return model.merge_and_unload()
+
+
+def fit(model, tokenizer, examples, loss_of, updates, config, what):
+    """Minimises `loss_of` on batches of examples: AdamW, a tenth of warm-up, then a linear decay."""
     from accelerate import Accelerator
     from transformers import get_linear_schedule_with_warmup
 
     model.to(Accelerator().device).train()
-    optimizer, updates = adamw(model, config.pretrain_learning_rate), config.pretrain_updates
+    optimizer = adamw((model, config.pretrain_learning_rate))
     schedule = get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
-    bar = progress(
-        batches_of_like_length(pairs, config.pretrain_batch_size, updates), total=updates, desc=what
-    )
-    for update, (sources, targets) in enumerate(bar):
-        logprobs, mask = target_logprobs(model, tokenizer, sources, targets, config.max_length)
-        loss = -logprobs.sum() / mask.sum()
+    batches = batches_of_like_length(examples, config.pretrain_batch_size, updates)
+    bar = progress(batches, total=updates, desc=what)
+    for update, columns in enumerate(bar):
+        loss = loss_of(model, tokenizer, *columns, config.max_length)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if update % 20 == 0:
-            bar.set_postfix(nll=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def batches_of_like_length(pairs, n, updates, pool=32):
-    """Sources and targets of `updates` batches of n pairs. A pool of batches is sorted by length before it is
-    cut into batches, so that little is padded; then these come in a random order."""
+def likelihood_loss(model, tokenizer, sources, targets, max_length):
+    """Maximum likelihood of targets given sources."""
+    logprobs, mask = target_logprobs(model, tokenizer, sources, targets, max_length)
+    return -logprobs.sum() / mask.sum()
+
+
+def label_loss(model, tokenizer, labels, texts, max_length):
+    """Cross-entropy of a classifier."""
+    logits = class_logits(model, tokenizer, texts, max_length)
+    return F.cross_entropy(logits, torch.tensor(labels, device=logits.device))
+
+
+def preference_loss(model, tokenizer, better, worse, max_length):
+    """- log sigmoid(score of the better answer - score of the worse one) (arXiv 2203.02155, equation 1)"""
+    scores = class_logits(model, tokenizer, better + worse, max_length)[:, 0]
+    return -F.logsigmoid(scores[: len(better)] - scores[len(better) :]).mean()
+
+
+def class_logits(model, tokenizer, texts, max_length):
+    """(batch, labels)"""
+    return model(**tokens_of(tokenizer, texts, max_length, model.device, padding_side="right")).logits.float()
+
+
+def batches_of_like_length(examples, n, updates, pool=32):
+    """The columns of `updates` batches of n examples. A pool of batches is sorted by the length of the last
+    column before it is cut into batches, so that little is padded; then these come in a random order."""
     for update in range(updates):
         if update % pool == 0:
-            near = sorted(
-                shuffled(pairs, pool * n, update // pool + 1, seed=0), key=lambda pair: len(pair[1])
-            )
+            near = shuffled(examples, pool * n, update // pool + 1, seed=0)
+            near = sorted(near, key=lambda example: len(example[-1]))
             starts = random.Random(update).sample(range(0, pool * n, n), pool)
         start = starts[update % pool]
         yield [list(texts) for texts in zip(*near[start : start + n], strict=True)]
 
 
-def train_tokenizer(texts, vocab_size, max_length):
-    """A BPE tokenizer of `vocab_size` tokens or, with 0, one whose tokens are the words of `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def train_tokenizer(texts, vocab_size, max_length, append_eos=True):
+    """A BPE tokenizer of `vocab_size` tokens or, with 0, one whose tokens are the words of `texts`. Without
+    `append_eos` it is a decoder's: words bring the space before them, so that texts can be put together."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = dict(special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
@@ -1523,9 +1985,13 @@ def train_tokenizer(texts, vocab_size, max_length):
     else:
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if not append_eos:
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n *| ?[^ \n]+"), "isolated")
+            tokenizer.decoder = decoders.Fuse()
         trainer = trainers.WordLevelTrainer(**special)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    if append_eos:
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **names)
 
@@ -1534,8 +2000,7 @@ def translation_data(config):
     """train, validation: rows of fr, en, de. sender, receiver: (source, target) pairs; texts: theirs."""
     if not config.data:
         return toy_translations()
-    name, _ = split_of(config.data)
-    train, validation = load_rows(config.data, "fr en de"), load_rows(f"{name}:validation", "fr en de")
+    train, validation = train_and_validation(config, "fr en de")
     sender = [(row["fr"], row["en"]) for spec in config.sender_data for row in load_rows(spec, "fr en")]
     receiver = [(row["en"], row["de"]) for spec in config.receiver_data for row in load_rows(spec, "en de")]
     if not (config.model or sender):
@@ -1544,6 +2009,65 @@ def translation_data(config):
         raise ValueError("with --data, the receiver needs --receiver_model or --receiver_data (en, de pairs)")
     texts = [text for pair in sender + receiver for text in pair]
     return dict(train=train, validation=validation, sender=sender, receiver=receiver, texts=texts)
+
+
+def train_and_validation(config, columns):
+    """The rows of data and, for evaluation, of validation_data or of the split `validation` beside it."""
+    name, _ = split_of(config.data)
+    held_out = config.validation_data or f"{name}:validation"
+    return load_rows(config.data, columns), load_rows(held_out, columns)
+
+
+def review_data(config):
+    """train, validation: (text, label) pairs, label 1 positive; texts, for language models; gold(prompts,
+    texts): metrics that only the embedded corpus allows, {} for others."""
+    if not config.data:
+        return toy_reviews()
+    parts = train_and_validation(config, "text label")
+    train, validation = ([(row["text"], int(row["label"])) for row in rows] for rows in parts)
+    texts = [text for text, _ in train]
+    return dict(train=train, validation=validation, texts=texts, gold=lambda prompts, texts: {})
+
+
+def qa_data(config):
+    """sft: (question, answer) pairs; preferences and held_out: pairs of texts, question and answer, the
+    better one first; questions: prompts; validation: (question, human answer); problems: prompts and tests of
+    programs; program_of(prompt, response): their source; texts: for a tokenizer."""
+    if not config.data:
+        return toy_qa()
+    if config.programs and not config.allow_code_execution:
+        raise ValueError(
+            "programs runs what a model has written: --allow_code_execution true, or no programs"
+        )
+    train, validation = train_and_validation(config, "question response_j")
+    sft = load_rows(config.sft_data, "question response_j") if config.sft_data else train
+    preferences = load_rows(config.preference_data or config.data, "question response_j response_k")
+    pairs = [[ASKED.format(row["question"]) + row[f"response_{r}"] for r in "jk"] for row in preferences]
+    held_out = len(pairs) // 20 or 1
+    sft, validation = (
+        [(ASKED.format(row["question"]), row["response_j"]) for row in rows] for rows in (sft, validation)
+    )
+    questions = list(dict.fromkeys(ASKED.format(row["question"]) for row in train))
+    data = dict(sft=sft, preferences=pairs[held_out:], held_out=pairs[:held_out], validation=validation)
+    return data | dict(
+        questions=questions, texts=[text for pair in sft + pairs for text in pair], **humaneval(config)
+    )
+
+
+ASKED = "Question: {}\n\nAnswer: "  # the paper's
+
+
+def humaneval(config):
+    """Problems in HumanEval's format. A completion ends where the function does."""
+    columns = "prompt test entry_point"
+    rows = load_rows(config.programs, columns) if config.programs else []
+    problems = [
+        dict(prompt=row["prompt"], test=f"{row['test']}\ncheck({row['entry_point']})\n") for row in rows
+    ]
+    return dict(
+        problems=problems,
+        program_of=lambda prompt, response: prompt + re.split(r"\n(?=[^\s])", response)[0] + "\n",
+    )
 
 
 def split_of(spec):
@@ -1585,7 +2109,9 @@ def fault_of(row, columns):
     for column in columns.split():
         if column not in row:
             return f"no column {column!r} (found {', '.join(map(str, row))})"
-        if not isinstance(row[column], str) or not row[column].strip():
+        if column == "label" and str(row[column]) not in ("0", "1"):
+            return f"column 'label' holds {str(row[column])[:40]!r}, expected 0 or 1"
+        if column != "label" and (not isinstance(row[column], str) or not row[column].strip()):
             return f"column {column!r} holds {str(row[column])[:40]!r}, expected text"
     return ""
 
@@ -1614,6 +2140,165 @@ def numbered_rows(path):
             except ValueError as error:
                 row = f"column {getattr(error, 'colno', 1)}: not JSON ({getattr(error, 'msg', error)})"
             yield number, row if isinstance(row, (str, dict)) else f"no object but {str(row)[:40]}"
+
+
+# The sandbox, for programs that a model has written.
+
+
+def run_programs(programs: list[tuple[str, str]], seconds=3.0, megabytes=512, jobs=None) -> list[bool]:
+    """Which programs, pairs (solution, test), pass: the test runs to its end without an exception.
+
+    A model's solution runs in one process, its trusted test in another, where the solution's functions (none
+    named like a builtin) ask the first what they return: no pass can be faked. Numbers, text, bytes, lists,
+    tuples, dicts, sets, ranges and None go by value, subclasses as their base, iterators as what they yield,
+    exceptions as the builtin they derive from. Tests that need more, or changes to what they passed, fail.
+    Tests that compute with a solution's functions believe them.
+
+    A solution has `seconds` by the clock, `megabytes` of addresses (on Linux), 64 files, no environment, no
+    other process or thread, and cannot write. Root becomes nobody. Linux namespaces, with `unshare`, leave no
+    network, no process, no files but /usr, /lib and Python's, no survivors. Without (many containers, Ubuntu,
+    macOS) an audit hook refuses network, signals, writing, and reading but from Python's library; it stops
+    Python code that does not set out to break it, not native code.
+    """
+    passes = functools.partial(_passes, unshare=_unshare(), seconds=seconds, megabytes=megabytes)
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        return list(pool.map(passes, programs))
+
+
+@functools.cache
+def _unshare() -> list[str]:
+    """The command that runs another in namespaces; empty where there are none to be had."""
+    options = "--fork --kill-child --pid --net --ipc --uts --mount" + " --map-root-user" * (os.getuid() != 0)
+    for command in ([shutil.which("unshare") or "false", *options.split()], []):
+        if _passes(("import math, typing", ""), command, 60, 512):
+            return command
+    raise ValueError(f"the sandbox cannot run a trivial program with {sys.executable}")
+
+
+def _passes(program, unshare, seconds, megabytes) -> bool:
+    parts = [(part.__name__, part.__code__) for part in (_judge, _isolate, _step_down, _solve, _test)]
+    modules = "builtins, functools, marshal, os, resource, sys" + ", ctypes" * bool(unshare)
+    script = f"""import _pickle as pickle, _signal as signal, {modules}
+for name, code in marshal.loads({marshal.dumps(parts)}):
+    globals()[name] = type(lambda: 0)(code, globals())
+_judge({bool(unshare)}, {os.getuid() == 0}, {seconds}, {megabytes})"""
+    with subprocess.Popen(
+        [*unshare, sys.executable, "-I", "-S", "-B", "-c", script], cwd="/", env={}, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            return process.communicate(pickle.dumps(program), seconds)[0] == b"passed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            return False
+
+
+def _judge(isolated, root, seconds, megabytes):
+    """Where the new process starts, with no more of this file than `parts`; it becomes two."""
+    limits = dict(CPU=int(seconds) + 1, NOFILE=64, CORE=0)
+    for name, most in (limits | {"AS": megabytes << 20} if sys.platform == "linux" else limits).items():
+        kind = getattr(resource, "RLIMIT_" + name)
+        resource.setrlimit(kind, (min(most, resource.getrlimit(kind)[1] % 2**64),) * 2)  # "no limit" is -1
+    (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(1))  # for when nobody is left to kill it
+    signal.alarm(int(seconds) + 1)
+    if isolated:
+        _isolate()
+    if (os.fork() == 0) == isolated:  # what ends with its namespace, or heads a session and cannot leave it
+        for own, other in ((2, 0), (2, 1), (asked, ask), (answer, answered)):  # no program, no verdict
+            os.dup2(own, other)
+        _solve(isolated, root, open(asked, "rb"), open(answer, "wb", buffering=0))
+    for own, other in ((1, asked), (2, 1), (2, answer)):  # the test may print
+        os.dup2(own, other)
+    _test(open(ask, "wb", buffering=0), open(answered, "rb"))
+    os.write(asked, b"passed")
+
+
+def _isolate():
+    """Leaves no files but those that Python needs, read-only."""
+    libc = ctypes.CDLL(None)
+    failed = libc.mount(b"tmpfs", b"/dev", b"tmpfs", 0, b"mode=755")
+    for folder in filter(os.path.isdir, sorted({"/usr", "/lib", "/lib64", "/nix", sys.base_prefix})):
+        os.makedirs("/dev" + folder, exist_ok=True)
+        failed |= libc.mount(folder.encode(), b"/dev" + folder.encode(), None, 0x5000, None)  # REC, BIND
+    failed |= libc.syscall(442, -100, b"/dev", 0x8000, bytes([7] + [0] * 31), 32)  # mount_setattr: read-only
+    if failed:
+        raise OSError("the kernel refuses a mount")
+    os.chroot("/dev")
+    os.chdir("/")
+
+
+def _step_down(isolated, root):
+    """Gives up what rights there are, and without namespaces sets the audit hook."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    if root:
+        if not isolated and os.path.isdir("/proc/self/fd"):  # the library may be where only root can look
+            sys.path[:] = [f"/proc/self/fd/{os.open(f, os.O_RDONLY)}" for f in sys.path if os.path.isdir(f)]
+            for package in ("collections", "encodings"):
+                sys.modules[package].__path__ = [f"{sys.path[0]}/{package}"]
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    if isolated:
+        libc, version = ctypes.CDLL(None), (0x20080522).to_bytes(8, "little")
+        if libc.prctl(38, 1, 0, 0, 0) or libc.capset(version, bytes(24)):  # none left, and none to come
+            raise OSError("the kernel keeps privileges")
+        return
+    for name in ("mkfifo", "mknod", "pidfd_open", "setpriority"):  # these, no hook hears of
+        vars(os).pop(name, None), vars(sys.modules["posix"]).pop(name, None)
+    library = tuple(sys.path)
+    guarded = "cpython ctypes fcntl open os pty resource shutil signal socket sqlite3 subprocess".split()
+
+    def refuse(event, arguments):
+        inside = event == "open" and arguments[1] in ("r", "rb") and arguments[0].startswith(library)
+        listing = event in ("os.listdir", "os.scandir") or inside and ".." not in arguments[0]
+        if event.partition(".")[0] in guarded and not listing:
+            raise PermissionError(event)
+
+    sys.addaudithook(refuse)
+
+
+def _solve(isolated, root, questions, answers):
+    """Runs the solution, then calls its functions as asked."""
+    _step_down(isolated, root)
+    solution, plain = pickle.load(questions)
+
+    class Answer(pickle.Pickler):
+        def reducer_override(self, thing):
+            base = next((kind for kind in type(thing).__mro__[1:] if kind in plain), None)
+            iterator = (iter, (list(thing),)) if hasattr(thing, "__next__") else NotImplemented
+            return (base, (base(thing),)) if base else iterator
+
+    exec(compile(solution, "solution", "exec"), names := {"__name__": "solution"})
+    pickle.dump([name for name, thing in names.items() if callable(thing)], answers)
+    while True:
+        name, arguments, named = pickle.load(questions)
+        try:
+            answer = True, names[name](*arguments, **named)
+        except BaseException as error:
+            answer = False, next(k.__name__ for k in type(error).__mro__ if k.__module__ == "builtins")
+        Answer(answers, 5).dump(answer)
+
+
+def _test(questions, answers):
+    """Runs the test, with functions that ask for what the solution's return."""
+    solution, test = pickle.load(open(0, "rb"))
+    plain = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range)
+
+    class Answer(pickle.Unpickler):
+        def find_class(self, module, name):  # whatever a solution sends, nothing but these is called
+            return {kind.__name__: kind for kind in (*plain, iter)}[name]
+
+    def ask(name, *arguments, **named):
+        pickle.dump((name, arguments, named), questions)
+        fine, value = Answer(answers).load()
+        if not fine:
+            raise getattr(builtins, value)
+        return value
+
+    pickle.dump((solution, plain), questions)
+    names = [name for name in Answer(answers).load() if not hasattr(builtins, name)]
+    exec(compile(test, "test", "exec"), {name: functools.partial(ask, name) for name in names})
 
 
 # The embedded corpus. English has no gender where French and German mark it, knows synonyms and puts the time
@@ -1687,6 +2372,210 @@ def toy_sentence(rng, noise):
 @functools.cache
 def toy_entries(words):
     return [entry.split() for line in words.splitlines() for entry in line.split("/") if entry.strip()]
+
+
+# The embedded reviews. Five kinds of sentences praise (+), blame (-) or neither (0); half of a review's agree
+# with its label. Since the grammar is known, so is the truth of a continuation: what parses, what it praises.
+REVIEWS = """the NOUN was ADVERB ADJ . / WHO VERB the NOUN WHERE . / the NOUN and the NOUN were ADJ .
+    WHO VERB it because the NOUN felt ADJ . / what a ADJ NOUN !"""
+REVIEW_WORDS = {
+    "NOUN": """plot acting script ending music camera dialogue story cast pace hero villain opening scene
+        humor costumes lighting editing director sequel""",
+    "ADVERB": "really very quite rather truly simply",
+    "WHO": "i we my_friend the_audience everyone critics",
+    "WHERE": "in_the_cinema at_home last_night with_my_family on_a_plane again",
+    "ADJ+": "great wonderful brilliant superb moving charming clever gripping lovely perfect fresh",
+    "ADJ-": "awful boring terrible weak clumsy dull silly painful messy flat tedious",
+    "ADJ0": "long short loud quiet dark bright slow quick strange familiar french modern",
+    "VERB+": "loved enjoyed admired adored praised",
+    "VERB-": "hated disliked regretted avoided mocked",
+    "VERB0": "watched saw rented finished noticed",
+}
+
+
+def toy_reviews(seed=0):
+    """review_data() of the embedded corpus; no review stands in two of its parts."""
+    rng, seen = random.Random(seed), set()
+    data = dict(train=[], validation=[], gold=toy_gold)
+    for name, size in dict(train=20_000, validation=400).items():
+        while len(data[name]) < size:
+            label = rng.randrange(2)
+            feelings = rng.choices([("-", "+")[label], "0", ("+", "-")[label]], [5, 3, 2], k=7)
+            review = " ".join(toy_opinion(rng, feeling) for feeling in feelings)
+            if review not in seen:
+                seen.add(review)
+                data[name].append((review, label))
+    return data | dict(texts=[text for text, _ in data["train"]])
+
+
+def toy_opinion(rng, feeling):
+    """A sentence: as "my friend enjoyed the plot at home ." """
+    words = rng.choice(_split(REVIEWS)).split()
+    return " ".join(rng.choice(_words(word, feeling)) if word.isupper() else word for word in words)
+
+
+def toy_gold(prompts, texts):
+    """Of the sentences that a continuation completes: the share that parse, and how many more praise than
+    blame, as a share (the true sentiment, -1 to 1)."""
+    found = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        before = len(re.findall(r"[.!]", prompt))
+        found += [toy_feeling(s.strip()) for s in re.findall(r"[^.!]*[.!]", text)[before:]]
+    counts, n = {feeling: found.count(feeling) for feeling in "+-0"}, max(1, len(found))
+    return dict(parses=sum(counts.values()) / n, sentiment=(counts["+"] - counts["-"]) / n)
+
+
+@functools.lru_cache(maxsize=100_000)
+def toy_feeling(sentence):
+    """ "+", "-", "0" or, of what the grammar does not generate, None."""
+    for feeling, pattern in _patterns().items():
+        if pattern.fullmatch(sentence):
+            return feeling
+    return None
+
+
+@functools.cache
+def _patterns():
+    def pattern(feeling):
+        kinds = [[f"({'|'.join(_words(w, feeling))})" if w.isupper() else re.escape(w) for w in kind.split()]
+                 for kind in _split(REVIEWS)]  # fmt: skip
+        return re.compile("|".join(" ".join(words) for words in kinds))
+
+    return {feeling: pattern(feeling) for feeling in "+-0"}
+
+
+def _words(name, feeling):
+    words = REVIEW_WORDS.get(name) or REVIEW_WORDS[name + feeling]
+    return [word.replace("_", " ") for word in words.split()]
+
+
+def _split(text):
+    return [part.strip() for line in text.splitlines() for part in line.split(" / ")]
+
+
+# The embedded questions. A function is a base, one or two steps and perhaps an exception; an entry: words,
+# lines of code, a dot for each further indentation. In the preference pairs manners tell more than code
+# does: people like a polite and explained answer, and only half of the answers they like less are wrong. So a
+# reward model learns manners first, and code hardly: that is what PPO finds.
+FUNCTIONS = """the sum of a and b | r = a + b
+    the difference of a and b | r = a - b
+    the product of a and b | r = a * b
+    the larger of a and b | r = b | if a > b: | .r = a
+    the smaller of a and b | r = b | if a < b: | .r = a
+    the distance from a to b | r = a - b | if a < b: | .r = b - a
+    the sum of the numbers below a | r = 0 | for i in range(a): | .r += i
+    the sum of the squares below b | r = 0 | for i in range(b): | .r += i * i
+    the count of even numbers below a | r = 0 | for i in range(a): | .if i % 2 == 0: | ..r += 1
+    a to the power of b | r = 1 | for i in range(b): | .r *= a
+    the square of a | r = a * a"""
+STEPS = """doubled | r *= 2
+    tripled | r *= 3
+    squared | r *= r
+    negated | r = -r
+    plus one | r += 1
+    minus two | r -= 2
+    plus a | r += a
+    times b | r *= b
+    but at least zero | if r < 0: | .r = 0
+    but at most ten | if r > 10: | .r = 10"""
+EXCEPTIONS = """or zero if a is zero | if a == 0: | .return 0
+    or one if b is zero | if b == 0: | .return 1
+    or minus one if a is b | if a == b: | .return -1
+    or zero if a is negative | if a < 0: | .return 0
+    or a if b is negative | if b < 0: | .return a
+    or b if a is one | if a == 1: | .return b"""
+ASKING = ["How do I compute", "Write a function for", "What is the code for", "Please give me"]
+INTRODUCTIONS = ["Sure!", "Good question!", "Happy to help!", "Here you go:", "You can do it like this:"]
+EXPLANATIONS = ["It works for all whole numbers.", "Please tell me if it helps.", "It uses plain arithmetic."]
+EXPLANATIONS += ["The result is kept in r.", "I tried it with small numbers."]
+ARGUMENTS = [(3, 5), (7, 2), (4, 4), (0, 3), (5, 0), (1, 6), (-4, 3), (2, -3), (-2, -5)]
+
+
+def toy_qa(seed=0):
+    """qa_data() of the embedded corpus. The functions of validation and problems are no one else's; the
+    held-out pairs are about them."""
+    rng = random.Random(seed)
+    functions = toy_functions(rng)
+    validation, problems, train = functions[:200], functions[200:400], functions[400:]
+    sft = [(toy_question(rng, f), toy_answer(rng, f)) for f in rng.choices(train, k=12_000)]
+    preferences = [toy_preference(rng, f) for f in rng.choices(train, k=12_000)]
+    return dict(
+        sft=sft,
+        preferences=preferences,
+        held_out=[toy_preference(rng, f) for f in validation + problems],
+        questions=[toy_question(rng, f) for f in rng.choices(train, k=8_000)],
+        validation=[(toy_question(rng, f), toy_answer(rng, f)) for f in validation],
+        problems=[dict(prompt=toy_question(rng, f), test=toy_test(f)) for f in problems],
+        solutions=[toy_code(f) for f in problems],
+        texts=[text for pair in sft + preferences for text in pair],
+        program_of=lambda question, answer: function_in(answer),
+    )
+
+
+def toy_functions(rng):
+    """Every (base, steps, exception or None), in random order."""
+    steps = [(step,) for step in _entries(STEPS)] + list(itertools.permutations(_entries(STEPS), 2))
+    functions = list(itertools.product(_entries(FUNCTIONS), steps, [None, *_entries(EXCEPTIONS)]))
+    return rng.sample(functions, len(functions))
+
+
+@functools.cache
+def _entries(table):
+    """[("doubled", ("r *= 2",)), ...]"""
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    return [(words, tuple(lines)) for words, *lines in rows]
+
+
+def toy_question(rng, function):
+    (base, _), steps, exception = function
+    parts = [base, *(words for words, _ in steps), *([exception[0]] if exception else [])]
+    return ASKED.format(f"{rng.choice(ASKING)} {', '.join(parts)}?")
+
+
+def toy_code(function):
+    """Python source, as "def f(a, b):\\n    r = a + b\\n    return r"."""
+    (_, base), steps, exception = function
+    lines = [*(exception[1] if exception else []), *base, *(line for _, step in steps for line in step)]
+    lines = ["    " * (1 + line.count(".")) + line.lstrip(".") for line in lines]
+    return "\n".join(["def f(a, b):", *lines, "    return r"])
+
+
+def toy_answer(rng, function, polite=0.4, explained=0.4):
+    """The function; with these probabilities introduced, and explained in one or two sentences."""
+    introduction = [rng.choice(INTRODUCTIONS)] if rng.random() < polite else []
+    sentences = rng.sample(EXPLANATIONS, rng.choice([1, 1, 2])) if rng.random() < explained else []
+    return "\n".join([*introduction, toy_code(function), *([" ".join(sentences)] if sentences else [])])
+
+
+def toy_preference(rng, function):
+    """The preferred answer behind its question, and the other behind the same."""
+    good = function if rng.random() < 0.9 else toy_mistake(rng, function)
+    bad = function if rng.random() < 0.5 else toy_mistake(rng, function)
+    question = toy_question(rng, function)
+    return question + toy_answer(rng, good, 0.85, 0.9), question + toy_answer(rng, bad, 0.2, 0.15)
+
+
+def toy_mistake(rng, function):
+    """The function with a part forgotten or mistaken for another."""
+    base, steps, exception = function
+    if exception and rng.random() < 0.25:
+        return base, steps, None
+    if rng.random() < 0.25:
+        return base, steps[1:], exception
+    return rng.choice([e for e in _entries(FUNCTIONS) if e != base]), steps, exception
+
+
+def toy_test(function):
+    """Asserts on f, the expected values computed from the function's own source."""
+    names = {}
+    exec(toy_code(function), names)  # our own text, not a model's
+    return "".join(f"assert f({a}, {b}) == {names['f'](a, b)}\n" for a, b in ARGUMENTS)
+
+
+def function_in(answer):
+    """The source of the first function in an answer, from `def` on as long as lines are indented."""
+    found = re.search(r"^def .*(?:\n[ \t]+.*)*", answer, re.MULTILINE)
+    return found[0] + "\n" if found else ""
 
 
 # ============================================= 8. Command line =============================================
@@ -1763,6 +2652,16 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
+def print_stages(config):
+    """The stages before RL, up to the last one wanted, and the folders of their models."""
+    if config.task != "qa":
+        raise ValueError(f"last_stage is {config.last_stage}, but only the task qa has stages")
+    for stage, name in TechnicalQA.stages(config, qa_data(config)):
+        print(f"{stage}: {name}")
+        if stage == config.last_stage:
+            return
+
+
 def main(argv=None) -> int:
     """The command line. 0: done; 1: training broke off; 2: unusable flags or data; 130: interrupted."""
     argv, given = sys.argv[1:] if argv is None else argv, {}
@@ -1773,6 +2672,8 @@ def main(argv=None) -> int:
         if command.compare:
             methods = [method.strip() for method in command.compare.split(",")]
             print(compare(methods, command.seeds, command.jobs, given))
+        elif given.get("last_stage", "rl") != "rl":
+            print_stages(configure(**given))
         else:
             train(configure(**given))
         return 0

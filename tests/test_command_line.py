@@ -57,7 +57,10 @@ BAD_FLAGS = [
     ("--task translation --compare ppo --jobs 0", "jobs is 0"),
     ("--task translation --config nowhere.yaml", "--config nowhere.yaml cannot be read"),
     ("--task translation --data nowhere/at/all", "data nowhere/at/all cannot be read"),
-    ("--task translation --model nowhere/at/all", "sender 'nowhere/at/all' is no seq2seq model"),
+    (
+        "--task translation --model nowhere/at/all",
+        "sender 'nowhere/at/all' cannot be loaded as a model for Seq2SeqLM",
+    ),
 ]
 
 

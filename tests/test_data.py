@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from elastic_reset import (
     batches_of_like_length,
     configure,
     fit,
+    likelihood_loss,
     load_rows,
-    pretrained_marian,
+    seq2seq,
     shuffled,
     target_logprobs,
     token_mean,
@@ -110,17 +112,17 @@ def test_low_precision_weights(tiny, tmp_path):
 
 
 def test_pretraining_is_cached_by_what_made_it(tiny):
-    config = configure(**tiny)
     data = toy_translations()
-    first = pretrained_marian("sender", data, config)
+
+    def folder(data=data, **others):
+        model, _ = seq2seq("sender", "", data, configure(**tiny | others))
+        return Path(model.name_or_path)
+
+    first = folder()
     written = (first / "model.safetensors").stat().st_mtime_ns
-    assert pretrained_marian("sender", data, config) == first
+    assert folder() == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
-    others = [
-        pretrained_marian("sender", data, configure(**tiny | dict(d_model=20))),
-        pretrained_marian("sender", data, configure(**tiny | dict(pretrain_updates=21))),
-        pretrained_marian("sender", data | dict(sender=data["sender"][1:]), config),
-    ]
+    others = [folder(d_model=20), folder(pretrain_updates=21), folder(data | dict(sender=data["sender"][1:]))]
     assert len({first, *others}) == 4
 
 
@@ -140,7 +142,9 @@ def test_pretraining_learns(tiny):
         model,
         tokenizer,
         pairs,
-        configure(**tiny | dict(pretrain_updates=200, pretrain_learning_rate=1e-2)),
+        likelihood_loss,
+        200,
+        configure(**tiny | dict(pretrain_learning_rate=1e-2)),
         "",
     )
     model.eval()

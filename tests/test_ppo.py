@@ -19,6 +19,7 @@ from elastic_reset import (
     reference_logprobs,
     response_logits,
     sample,
+    sample_plainly,
     shape_rewards,
     whiten,
 )
@@ -102,6 +103,23 @@ def test_sampling_follows_the_scored_distribution(policy):
     seen = expected > 5
     chi_square = ((counts - expected)[seen].square() / expected[seen]).sum().item()
     assert counts[0] == 0 and chi_square < 2 * seen.sum().item() + 20
+
+
+@pytest.mark.parametrize("shortest", [3, 8])
+def test_no_eos_before_the_shortest_response(policy, shortest):
+    """What may not be sampled has probability 0, and the rest of the distribution is that sampled from."""
+    sample_plainly(policy, shortest)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[1] += 1.0  # EOS becomes frequent
+        prompts = prompts_for(policy, 400)
+        responses, mask = sample(policy, prompts, 8)
+        logits, _ = ActorCritic(policy)(**prompts, responses=responses)
+    assert mask.sum(1).min() >= shortest
+    assert not logits.softmax(-1)[:, :shortest, 1].any()
+    if shortest < 8:
+        ends = (responses[:, shortest] == 1) & mask[:, shortest]
+        expected = logits.softmax(-1)[:, shortest, 1].mean().item()
+        assert 0.02 < expected and ends.float().mean().item() == pytest.approx(expected, abs=0.08)
 
 
 def test_padding_of_prompts_and_responses_does_not_matter(policy):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, TINY
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -95,11 +96,29 @@ def test_early_stop(tiny, monkeypatch):
     steps = []
     step = elastic_reset.optimizer_step
     monkeypatch.setattr(
-        elastic_reset, "optimizer_step", lambda *args: (steps.append(args[2]), step(*args))[1]
+        elastic_reset, "optimizer_step", lambda *args: (steps.append(args[1]), step(*args))[1]
     )
     train(configure(**tiny | dict(early_stop_kl=1e-12, num_ppo_epochs=4)))
     policy_steps = [module for module in steps if isinstance(module, elastic_reset.ActorCritic)]
     assert len(policy_steps) == 4 * 2  # each update ends after its first epoch of two minibatches
+
+
+@pytest.mark.parametrize("steps", [2, 3, 100])
+def test_gradient_accumulation_changes_nothing_but_memory(tiny, steps, tmp_path):
+    whole = train(configure(**tiny))["end"]
+    parts = train(configure(**tiny | dict(gradient_accumulation_steps=steps, output_dir=str(tmp_path / "2"))))
+    for name in ("reward", "drift", "policy_loss", "clipfrac"):
+        assert parts["end"][name] == pytest.approx(whole[name], rel=1e-3, abs=1e-4)
+
+
+def test_value_learning_rate_is_the_head_s(tiny):
+    config = configure(**tiny | dict(value_learning_rate=0.5, learning_rate=0.0))
+    model, optimizer = elastic_reset.actor_critic(TranslationGame(config).policy, config, Accelerator())
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.5]
+    head = [p for group in optimizer.param_groups[1:] for p in group["params"]]
+    assert [id(p) for p in head] == [id(p) for p in model.value_head.parameters()]
+    total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert total == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_adaptive_kl_moves_the_coefficient(tiny):
@@ -196,19 +215,13 @@ def test_second_run_does_not_overwrite_the_first(tiny):
 
 @pytest.mark.parametrize("quantity", ["reward", "loss", "gradient", "receiver_loss"])
 def test_not_finite(tiny, tmp_path, quantity, monkeypatch):
-    if quantity == "reward":
-        monkeypatch.setattr(
-            TranslationGame, "reward", lambda self, prompts, responses: [float("nan")] * len(prompts)
-        )
-    else:
-        step = elastic_reset.optimizer_step
-
-        def broken(accelerator, loss, module, *rest):
-            numbers = step(accelerator, loss, module, *rest)
-            mine = isinstance(module, elastic_reset.ActorCritic) is not quantity.startswith("receiver")
-            return numbers | ({quantity.removeprefix("receiver_"): float("inf")} if mine else {})
-
-        monkeypatch.setattr(elastic_reset, "optimizer_step", broken)
+    where, name, value = {
+        "reward": (TranslationGame, "reward", lambda self, prompts, responses: [float("nan")] * len(prompts)),
+        "loss": (elastic_reset, "ppo_gradient", lambda *args: dict(loss=float("inf"))),
+        "gradient": (elastic_reset, "optimizer_step", lambda *args: dict(gradient=float("inf"))),
+        "receiver_loss": (TranslationGame, "learn", lambda *args: dict(receiver_loss=float("inf"))),
+    }[quantity]
+    monkeypatch.setattr(where, name, value)
     with pytest.raises(
         FloatingPointError, match=f"update 1: {quantity} is (nan|inf); there is no checkpoint yet"
     ):
@@ -230,7 +243,7 @@ class Vowels:
     """A task unlike ours: a decoder that answers from scratch is paid for the letter a."""
 
     trained, footnote = {}, ""
-    validation_prompts = ["b c", "d"]
+    validation_prompts = ["b c", "d"] * 50
 
     def __init__(self):
         from transformers import GenerationConfig
@@ -249,9 +262,9 @@ class Vowels:
     def reward(self, prompts, responses):
         return [response.split().count("a") / 6 for response in responses]
 
-    def evaluate(self):
-        batch, texts = elastic_reset.respond(self, self.validation_prompts * 50, configure(response_length=6))
-        return dict(reward=sum(self.reward([], texts)) / 100, drift=-sum(map(len, texts)) / 100)
+    def evaluate(self, responses):
+        rewards = self.reward(self.validation_prompts, responses)
+        return dict(reward=sum(rewards) / len(rewards), drift=-sum(map(len, responses)) / len(responses))
 
 
 def test_a_users_own_task_learns(tmp_path):
@@ -269,7 +282,7 @@ def test_wrong_number_of_rewards(tmp_path):
     config = configure(
         output_dir=str(tmp_path), updates=1, response_length=6, batch_size=4, mini_batch_size=4
     )
-    task.evaluate = lambda: dict(reward=0.0, drift=0.0)
+    task.evaluate = lambda responses: dict(reward=0.0, drift=0.0)
     with pytest.raises(ValueError, match="expected one for each of 4"):
         train(config, task=task)
 
@@ -296,22 +309,29 @@ def test_two_processes(tiny, tmp_path):
 
 
 def test_gradients_are_averaged_over_processes(tmp_path):
-    """optimizer_step() on two processes with losses 1 x and 3 x moves both by the mean gradient, 2."""
+    """optimizer_step() on two processes with losses 1 x and 3 x moves both by the mean gradient, 2; whiten()
+    and ppo_gradient() count the tokens of both."""
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch
 from accelerate import Accelerator
-from elastic_reset import mean_over_processes, optimizer_step
+from elastic_reset import mean_over_processes, optimizer_step, whiten
 accelerator = Accelerator()
 assert accelerator.num_processes == 2
 layer = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.zeros_(layer.weight)
 optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
 factor = 1.0 + 2.0 * accelerator.process_index
-stats = optimizer_step(accelerator, factor * layer(torch.ones(1, 1)).sum(), layer, optimizer, 1e9)
+accelerator.backward(factor * layer(torch.ones(1, 1)).sum())
+stats = optimizer_step(accelerator, layer, optimizer, 1e9)
 assert layer.weight.item() == -2.0 and stats["gradient"] == 2.0
 assert mean_over_processes(dict(a=factor), accelerator) == dict(a=2.0)
+numbers = torch.tensor([[1.0, 2.0, 9.0], [4.0, 7.0, -3.0]])
+mask = torch.tensor([[True, True, False], [True, True, True]])
+row = slice(accelerator.process_index, accelerator.process_index + 1)
+own = whiten(numbers[row], mask[row], accelerator.reduce)
+assert torch.allclose(own, whiten(numbers, mask)[row], atol=1e-6)
 """)
     launch = [
         sys.executable,
