@@ -719,6 +719,9 @@ class MockSentiment:
             updates=120, batch_size=64, mini_batch_size=32, num_ppo_epochs=4, lam=1.0,
             learning_rate=1e-4, value_learning_rate=3e-3, reset_every=20, ema_decay=0.9, eval_size=200,
         ),
+        "mini/ppo-kl": dict(kl_coef=0.01),
+        "mini/ema-reference": dict(kl_coef=0.01),
+        "mini/reset-reference": dict(kl_coef=0.01),
         "paper": dict(
             model="lvwerra/gpt2-imdb", reward_model="lvwerra/distilbert-imdb", language_model="gpt2",
             data="stanfordnlp/imdb", validation_data="stanfordnlp/imdb:test[:5000]",
@@ -798,8 +801,11 @@ class TechnicalQA:
             pretrain_batch_size=64, pretrain_learning_rate=3e-3, reward_updates=200,
             updates=40, batch_size=64, mini_batch_size=32, num_ppo_epochs=2, lam=1.0, vf_coef=0.01,
             cliprange_value=5.0, learning_rate=4e-4, value_learning_rate=3e-3,
-            reset_every=10, ema_decay=0.8, eval_size=200,
+            reset_every=10, ema_decay=0.83, eval_size=200,
         ),
+        "mini/ppo-kl": dict(kl_coef=0.3),
+        "mini/ema-reference": dict(kl_coef=0.3),
+        "mini/reset-reference": dict(kl_coef=0.3),
         "paper": dict(
             model="huggyllama/llama-7b", load_in_8bit=True, dtype="bfloat16", lora_r=16, lora_dropout=0.05,
             sft_data=f"{STACK}/finetune/*.parquet:train[:200000]",
