@@ -801,7 +801,7 @@ class TechnicalQA:
             pretrain_batch_size=64, pretrain_learning_rate=3e-3, reward_updates=200,
             updates=40, batch_size=64, mini_batch_size=32, num_ppo_epochs=2, lam=1.0, vf_coef=0.01,
             cliprange_value=5.0, learning_rate=4e-4, value_learning_rate=3e-3,
-            reset_every=10, ema_decay=0.83, eval_size=200,
+            reset_every=10, ema_decay=0.82, eval_size=200,
         ),
         "mini/ppo-kl": dict(kl_coef=0.3),
         "mini/ema-reference": dict(kl_coef=0.3),
