@@ -3,7 +3,7 @@
 # dependencies = [
 #     "torch>=2.6", "numpy>=1.26", "transformers>=5.0", "tokenizers>=0.22", "datasets>=4.0",
 #     "accelerate>=1.10", "safetensors>=0.5", "sacrebleu>=2.5", "sentencepiece>=0.2", "matplotlib>=3.8",
-#     "tqdm>=4.66", "pyyaml>=6.0",
+#     "tqdm>=4.66", "pyyaml>=6.0", "peft>=0.17",
 # ]
 # ///
 """Elastic Reset: fine-tune a language model with PPO and keep its language. One file, read from the top.
@@ -264,6 +264,53 @@ def _flatten(tensors, index):
 def _numpy(flat):
     """The same memory as a NumPy array; NumPy has no bfloat16 and sees its bits as uint16."""
     return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+class ElasticResetCallback:
+    """Elastic Reset in transformers' Trainer and in those built on it, TRL's GRPO, RLOO, DPO and SFT:
+    Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps,
+    not micro-batches; of a PEFT model it averages and resets the adapter. Its averages lie in the checkpoints
+    as elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there."""
+
+    def __init__(self, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
+        self.settings, self.elastic = dict(decay=decay, reset_every=reset_every, reset=reset), None
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """Begins at the model's weights or, with steps done, where their checkpoint left off. ValueError if
+        that does not hold the averages."""
+        from safetensors.torch import load_file
+
+        self.elastic = ElasticReset(model, **self.settings)
+        if state.global_step:
+            path = self._file(args, state)
+            if not path.exists():
+                raise ValueError(
+                    f"{path} is missing: this run was not trained with ElasticResetCallback so far"
+                )
+            self.elastic.load_state_dict(load_file(path))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.elastic.step()
+
+    def on_save(self, args, state, control, **kwargs):
+        from safetensors.torch import save_file
+
+        if state.is_world_process_zero:
+            path = self._file(args, state)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".partial")
+            save_file({n: t.detach().clone() for n, t in self.elastic.state_dict().items()}, aside)
+            os.replace(aside, path)
+
+    def _file(self, args, state):
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "elastic_reset.safetensors"
+
+    def __getattr__(self, event):
+        """The trainer's other events: nothing to do. (With transformers' base class this room would need
+        more than torch.)"""
+        if not event.startswith("on_"):
+            raise AttributeError(event)
+        return lambda args, state, control, **kwargs: None
 
 
 # ================================================ Settings =================================================

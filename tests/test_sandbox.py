@@ -366,7 +366,9 @@ def test_endless_test(test):
 
 def test_a_killed_parent_leaves_nothing(mode):
     marker = str(1 + random.random())
-    program = "import sys, elastic_reset as sandbox\nif sys.argv[2] == 'hook': sandbox._unshare = lambda: []\n"
+    program = (
+        "import sys, elastic_reset as sandbox\nif sys.argv[2] == 'hook': sandbox._unshare = lambda: []\n"
+    )
     program += "program = 'import time\\nprint(1, flush=True)\\ntime.sleep(10**6)', ''\n"
     program += "sandbox._unshare()\nprint('ready', flush=True)\nsandbox.run_programs([program], float(sys.argv[1]))\n"
     folder = Path(sandbox.__file__).parent
