@@ -1928,13 +1928,13 @@ def pretrained(role, kind, start, tokenizer, examples, loss_of, updates, config,
     import transformers
     from accelerate import Accelerator
 
-    settings = "pretrain_batch_size pretrain_learning_rate max_length max_grad_norm"
-    recipe = [role, kind, examples, tokenizer.backend_tokenizer.to_str(), updates, seed, torch.__version__]
-    recipe += [getattr(config, name) for name in settings.split()]
-    recipe += [start.to_dict() if hasattr(start, "to_dict") else (start.name_or_path, repr(start))]
-    code = (fit, loss_of, batches_of_like_length, shuffled, target_logprobs, response_logits, adamw)
-    recipe += [inspect.getsource(function) for function in code]
-    digest = hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:16]
+    settings = "pretrain_batch_size pretrain_learning_rate max_length max_grad_norm load_in_8bit"
+    made_of = [role, kind, examples, updates, seed, torch.__version__, repr(start), weights_of(start)]
+    made_of += [tokenizer.get_vocab(), tokenizer.padding_side]
+    made_of += [getattr(config, name) for name in settings.split()]
+    code = (fit, loss_of, batches_of_like_length, shuffled, tokens_of, class_logits, target_logprobs)
+    made_of += [inspect.getsource(function) for function in (*code, response_logits, adamw, lora, merged)]
+    digest = hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
     folder = cache / f"{role.replace(' ', '-')}-{digest}"
     with Accelerator().main_process_first():
@@ -1948,6 +1948,16 @@ def pretrained(role, kind, start, tokenizer, examples, loss_of, updates, config,
                 model.save_pretrained(aside)
                 tokenizer.save_pretrained(aside)
     return folder
+
+
+def weights_of(start):
+    """A hash of a model's weights; of a configuration, which has none, ""."""
+    if not isinstance(start, nn.Module):
+        return ""
+    digest = hashlib.sha256()
+    for tensor in start.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def merged(model, config):
@@ -2046,6 +2056,7 @@ def train_tokenizer(texts, vocab_size, max_length, append_eos=True):
     if append_eos:
         tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    names["padding_side"] = "right" if append_eos else "left"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **names)
 
 
