@@ -389,7 +389,7 @@ class Config:
     vocab_size: int = flag(0, "pretraining: BPE vocabulary; 0: one token a word", 0)
     prompt_length: int = flag(10, "tokens of a review that make a prompt (imdb), longest question (qa)", 1)
     max_length: int = flag(64, "longest input or target text, in tokens; the rest is cut off", 2)
-    pretrain_updates: int = flag(800, "pretraining: updates", 1)
+    pretrain_updates: int = flag(800, "pretraining: updates; 0: --model is fine-tuned already", 0)
     pretrain_batch_size: int = flag(128, "pretraining: examples an update", 1)
     pretrain_learning_rate: float = flag(2e-3, "pretraining: peak learning rate", 0, 1)
     reward_updates: int = flag(300, "updates of a reward model trained here", 1)
@@ -411,6 +411,9 @@ class Config:
             check_value(f, getattr(self, f.name))
         if self.d_model % 4:
             raise ValueError(f"d_model is {self.d_model}; expected a multiple of 4")
+        if self.min_response_length > self.response_length:
+            value, most = self.min_response_length, self.response_length
+            raise ValueError(f"min_response_length is {value}; expected response_length ({most}) or less")
         if self.kl_target and not self.kl_coef:
             raise ValueError(
                 "kl_target adapts kl_coef, but kl_coef is 0; give it a value to begin with, such as 0.05"
@@ -595,19 +598,31 @@ def reference_logprobs(model, weights, batch):
 
 
 @torch.no_grad()
-def sample(policy, prompts, response_length, temperature=1.0, top_p=1.0):
+def sample(policy, prompts, response_length, temperature=1.0, top_p=1.0, min_response_length=None):
     """Tokens from the policy's own distribution (for RL no top-p), the likeliest ones at temperature 0.
-    `prompts`: input_ids, attention_mask (batch, prompt). Returns responses and mask, (batch, response)."""
+    `prompts`: input_ids, attention_mask (batch, prompt). `min_response_length`: sample_plainly's, if not
+    given. Returns responses and mask, (batch, response)."""
     from transformers import GenerationConfig
 
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=top_p) if temperature else {}
     how |= dict(max_new_tokens=response_length, suppress_tokens=_never(policy) or None)
-    how |= dict(min_new_tokens=policy.generation_config.min_new_tokens)
+    usual = policy.generation_config.min_new_tokens
+    how |= dict(min_new_tokens=usual if min_response_length is None else min_response_length)
     settings = GenerationConfig(num_beams=1, **how)
     tokens = policy.generate(**prompts, generation_config=settings)
     responses = tokens[:, 1 if policy.config.is_encoder_decoder else prompts["input_ids"].shape[1] :]
     ended = torch.isin(responses, torch.tensor(_eos(policy), device=responses.device)).cumsum(1)
     return responses, F.pad(ended, (1, 0))[:, :-1] == 0
+
+
+def response_texts(policy, tokenizer, input_ids, responses):
+    """The responses decoded: a decoder's behind their prompts, for some tokenizers drop a first space."""
+    before = input_ids[:, :0] if policy.config.is_encoder_decoder else input_ids
+    prompts, texts = (
+        tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for tokens in (before, torch.cat([before, responses], 1))
+    )
+    return [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def response_logits(policy, input_ids, attention_mask, responses):
@@ -771,7 +786,7 @@ class MockSentiment:
         "mini/reset-reference": dict(kl_coef=0.01),
         "paper": dict(
             model="lvwerra/gpt2-imdb", reward_model="lvwerra/distilbert-imdb", language_model="gpt2",
-            data="stanfordnlp/imdb", validation_data="stanfordnlp/imdb:test[:5000]",
+            data="stanfordnlp/imdb", validation_data="stanfordnlp/imdb:test",
             prompt_length=64, response_length=48, min_response_length=48, max_length=512,
             updates=50, batch_size=27, mini_batch_size=1, num_ppo_epochs=5, learning_rate=1e-6,
             gamma=0.99, vf_coef=0.5, max_grad_norm=0.5, separate_value_model=True,
@@ -803,19 +818,19 @@ class MockSentiment:
     @torch.no_grad()
     def reward(self, prompts, responses):
         rewards = []
-        for (texts,) in chunks(joined(self.tokenizer, prompts, responses)):
+        for (texts,) in chunks([p + r for p, r in zip(prompts, responses, strict=True)]):
             logits = class_logits(*self.reward_model, texts, self.config.max_length)
             rewards += logits.softmax(-1)[:, 1].tolist()
         return rewards
 
     def evaluate(self, responses):
         prompts = self.validation_prompts
-        texts = joined(self.tokenizer, prompts, responses)
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         rewards, words = self.reward(prompts, responses), [response.split() for response in responses]
         rows = zip(prompts[:5], responses[:5], strict=True)
         return dict(
             reward=sum(rewards) / len(rewards),
-            drift=perplexity(*self.judge, prompts, texts),
+            drift=perplexity(*self.judge, prompts, responses),
             distinct_1=distinct(words, 1),
             distinct_2=distinct(words, 2),
             words=sum(map(len, words)) / len(words),
@@ -829,7 +844,8 @@ class MockSentiment:
         texts, labels = zip(*rows, strict=True)
         logits = [class_logits(*self.reward_model, list(t), self.config.max_length) for (t,) in chunks(texts)]
         right = torch.cat(logits).argmax(-1).cpu() == torch.tensor(labels)
-        ppl = perplexity(*self.judge, self.validation_prompts, texts)
+        firsts, rests = zip(*[text.split(" ", 1) for text in texts if " " in text], strict=True)
+        ppl = perplexity(*self.judge, firsts, [" " + rest for rest in rests])
         return f"held out: perplexity {ppl:.2f}, the classifier's accuracy {right.float().mean():.3f}"
 
 
@@ -875,12 +891,20 @@ class TechnicalQA:
         data = qa_data(config)
         (_, sft), (_, reward) = self.stages(config, data)
         self.config, self.problems, self.program_of = config, data["problems"], data["program_of"]
-        self.questions, held_out = data["questions"], data["validation"][: config.eval_size]
-        self.validation_prompts, self.human = map(list, zip(*held_out, strict=True))
-        base, self.tokenizer = load_model("policy", sft, "CausalLM", config)
-        self.policy = lora(base, "CAUSAL_LM", config)
+        longest = config.prompt_length + config.response_length
+        base, self.tokenizer = load_model("policy", sft, "CausalLM", config, longest)
+        self.policy = lora(base, "CAUSAL_LM", config, config.seed)
         self.reward_model = load_model("reward model", reward, "SequenceClassification", config, num_labels=1)
+        self.longest = min(2 * config.max_length, self.reward_model[0].config.max_position_embeddings)
+        self.questions = [question for question in data["questions"] if self._fits(question)]
+        held_out = [pair for pair in data["validation"] if self._fits(pair[0])][: config.eval_size]
+        if not (self.questions and held_out):
+            raise ValueError(f"no question has at most prompt_length ({config.prompt_length}) tokens")
+        self.validation_prompts, self.human = map(list, zip(*held_out, strict=True))
         self.footnote = f"held out: the reward model's accuracy {self._accuracy(data['held_out']):.3f}"
+
+    def _fits(self, question):
+        return len(self.tokenizer(question, verbose=False)["input_ids"]) <= self.config.prompt_length
 
     @staticmethod
     def stages(config, data):
@@ -894,16 +918,15 @@ class TechnicalQA:
 
     @torch.no_grad()
     def reward(self, prompts, responses):
-        """The raw score of question and answer, read up to its end mark."""
-        eos, rewards = self.tokenizer.eos_token, []
+        """The raw score of question and answer, ended as in the reward model's training."""
+        eos, rewards = self.reward_model[1].eos_token or "", []
         for part in chunks([p + r + eos for p, r in zip(prompts, responses, strict=True)]):
-            rewards += class_logits(*self.reward_model, *part, 2 * self.config.max_length)[:, 0].tolist()
+            rewards += class_logits(*self.reward_model, *part, self.longest)[:, 0].tolist()
         return rewards
 
     def evaluate(self, responses):
         prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
-        eos = self.tokenizer.eos_token
-        human = [prompt + answer + eos for prompt, answer in zip(prompts, self.human, strict=True)]
+        human = [answer + self.tokenizer.eos_token for answer in self.human]
         rows = zip(prompts[:5], responses[:5], strict=True)
         return dict(
             reward=sum(rewards) / len(rewards),
@@ -920,8 +943,8 @@ class TechnicalQA:
         how = (config.program_length, config.program_temperature, config.program_top_p)
         for (part,) in chunks(prompts):
             tokens = tokens_of(self.tokenizer, part, config.max_length, self.policy.device)
-            answers, _ = sample(self.policy, tokens, *how)
-            programs += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            answers, _ = sample(self.policy, tokens, *how, min_response_length=0)
+            programs += response_texts(self.policy, self.tokenizer, tokens["input_ids"], answers)
         tests = [problem["test"] for problem in self.problems for _ in range(n)]
         programs = [self.program_of(*texts) for texts in zip(prompts, programs, strict=True)]
         passed = run_programs(list(zip(programs, tests, strict=True)))
@@ -985,7 +1008,8 @@ def train(config: Config, task: Task | None = None) -> dict:
 
         # 4. PPO epochs over minibatches
         train_kl = accelerator.reduce((logprobs - ref_logprobs).sum(1).mean(), "mean").item()
-        stats = dict(train_reward=scores.mean().item(), train_kl=train_kl, kl_coef=kl_coef.value)
+        train_reward = accelerator.reduce(scores.mean(), "mean").item()
+        stats = dict(train_reward=train_reward, train_kl=train_kl, kl_coef=kl_coef.value)
         for _epoch in range(config.num_ppo_epochs):
             for mb in minibatches(batch, config, accelerator):
                 mb_stats = ppo_gradient(model, mb, config, accelerator)
@@ -1047,7 +1071,7 @@ def respond(task, prompts, config):
     mask (batch, response). The texts: the responses decoded."""
     batch = tokens_of(task.tokenizer, prompts, config.max_length, task.policy.device)
     batch["responses"], batch["mask"] = sample(task.policy, batch, config.response_length, config.temperature)
-    return batch, task.tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
+    return batch, response_texts(task.policy, task.tokenizer, batch["input_ids"], batch["responses"])
 
 
 def score(task, prompts, texts):
@@ -1391,7 +1415,7 @@ class Run:
             if getattr(config, name) % accelerator.num_processes:
                 value, n = getattr(config, name), accelerator.num_processes
                 raise ValueError(f"{name} is {value}; expected a multiple of the {n} processes")
-        if (self.folder / "config.json").exists():
+        if self.history_file.exists():
             check_continues(self.folder, config)
 
     def resume(self, parts):
@@ -1482,7 +1506,7 @@ class Run:
                     getattr(task, f"{name}_tokenizer", task.tokenizer).save_pretrained(aside)
         if self.config.save_merged and hasattr(task.policy, "merge_and_unload"):
             with written_whole(self.folder / "merged") as aside:
-                task.policy.merge_and_unload().save_pretrained(aside)
+                merged(task.policy, self.config).save_pretrained(aside)
                 task.tokenizer.save_pretrained(aside)
         self.write_metrics()
         with written_whole(self.folder / "curve.png") as aside:
@@ -1673,6 +1697,8 @@ def chunks(*lists, size=128):
 
 def shuffled(items, n, update, seed):
     """The n items of an update (from 1 on) in an endless run through `items`, each pass in a new order."""
+    if not items:
+        raise ValueError("the data leave nothing to train on")
     batch = range((update - 1) * n, update * n)
     return [items[_order(len(items), seed, i // len(items))[i % len(items)]] for i in batch]
 
@@ -1705,23 +1731,17 @@ def token_mean(logprobs, mask):
     return logprobs.sum(1) / mask.sum(1)
 
 
-def joined(tokenizer, prompts, responses):
-    """Prompts with their responses, a space between them if the tokenizer's words do not bring their own."""
-    space = "" if any(t.startswith((" ", "Ġ")) for t in tokenizer.get_vocab()) else " "
-    return [prompt + space + response for prompt, response in zip(prompts, responses, strict=True)]
-
-
 @torch.no_grad()
-def perplexity(model, tokenizer, prompts, texts, window=1024, stride=512):
-    """exp of the mean negative log-likelihood of a token of `texts` behind their beginnings, `prompts`, which
-    are tokenized apart, as a policy sees them. Long texts go through in windows, each `stride` tokens after
-    the one before, where only new tokens count."""
+def perplexity(model, tokenizer, prompts, responses, window=1024, stride=512):
+    """exp of the mean negative log-likelihood of a token of the responses behind their prompts; of nothing at
+    all the vocabulary's size. Long texts go through in windows, each `stride` tokens after the one before,
+    where only new tokens count."""
     window = min(window, getattr(model.config, "max_position_embeddings", window))
     stride, pieces, total, count = min(stride, window // 2), [], 0.0, 0
-    for prompt, text in zip(prompts, texts, strict=True):
+    for prompt, response in zip(prompts, responses, strict=True):
         tokens = tokenizer(prompt, verbose=False)["input_ids"]
         done = max(1, len(tokens))
-        tokens += tokenizer(text[len(prompt) :], add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
         end = min(max(window, done + stride), len(tokens))
         while done < end:
             pieces.append((tokens[max(0, end - window) : end], end - done))
@@ -1736,7 +1756,7 @@ def perplexity(model, tokenizer, prompts, texts, window=1024, stride=512):
         logprobs = gather_logprobs(logits[:, :-1], input_ids[:, 1:])
         for row, (_, new) in zip(logprobs, part, strict=True):
             total, count = total - row[-new:].sum().item(), count + new
-    return math.exp(total / max(1, count))
+    return math.exp(total / count) if count else float(len(tokenizer))
 
 
 def distinct(texts, n):
@@ -1763,9 +1783,10 @@ def bleu(translations, references):
     return metric.corpus_score(translations, [references]).score, str(metric.get_signature())
 
 
-def load_model(role, name, kind, config, **settings):
+def load_model(role, name, kind, config, longest=0, new_head=False, **settings):
     """A model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by hub name or
-    from a folder. ValueError if they cannot be used."""
+    from a folder. ValueError if they cannot be used: for texts of `longest` tokens or, unless `new_head`,
+    with the head they have."""
     import transformers
     from accelerate import Accelerator
     from safetensors import SafetensorError
@@ -1776,33 +1797,36 @@ def load_model(role, name, kind, config, **settings):
         if config.load_in_8bit:
             eight_bits = transformers.BitsAndBytesConfig(load_in_8bit=True)
             settings |= dict(quantization_config=eight_bits, device_map={"": Accelerator().device})
-        model = auto.from_pretrained(name, dtype=getattr(torch, config.dtype), **settings)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        settings |= dict(dtype=getattr(torch, config.dtype), trust_remote_code=False)
+        model, found = auto.from_pretrained(name, output_loading_info=True, **settings)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         why = one_line(error)
         raise ValueError(f"{role} {name!r} cannot be loaded as a model for {kind}: {why}") from error
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
             module.requires_grad_(False)
+    if found["missing_keys"] and kind == "SequenceClassification" and not new_head:
+        raise ValueError(
+            f"{role} {name!r} has no trained {min(found['missing_keys'])}: it cannot score texts"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError(f"{role} {name!r}: its tokenizer has no padding token")
+    if tokenizer.pad_token is None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"{role} {name!r} has no tokenizer, or one without padding and end")
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.can_generate():
-        name_tokens(model, tokenizer)
-        sample_plainly(model)
-    positions, longest = getattr(model.config, "max_position_embeddings", None), config.response_length
-    if positions and positions < max(longest, config.max_length):
-        raise ValueError(f"{role} {name!r} has {positions} positions: lower max_length or response_length")
-    return model if config.load_in_8bit else model.to(Accelerator().device), tokenizer
-
-
-def name_tokens(model, tokenizer):
-    """A decoder is prompted from the left, and often names no padding."""
     if not model.config.is_encoder_decoder:
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = "left"  # decoders are prompted from there
+    if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+        sample_plainly(model)
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    if positions < longest:
+        lower = "lower max_length, prompt_length or response_length"
+        raise ValueError(
+            f"{role} {name!r} has {positions} positions, but texts have up to {longest}: {lower}"
+        )
+    return model if config.load_in_8bit else model.to(Accelerator().device), tokenizer
 
 
 def seq2seq(role, name, data, config):
@@ -1810,8 +1834,9 @@ def seq2seq(role, name, data, config):
     trained from scratch on data[role], pairs of source and target."""
     from transformers import MarianConfig
 
+    longest = max(config.max_length, config.response_length)
     if name:
-        return load_model(role, name, "Seq2SeqLM", config)
+        return load_model(role, name, "Seq2SeqLM", config, longest)
     tokenizer, width = train_tokenizer(data["texts"], config.vocab_size, config.max_length), config.d_model
     pad, eos, size = tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)
     shape = MarianConfig(
@@ -1819,22 +1844,23 @@ def seq2seq(role, name, data, config):
         encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, dropout=0.0,
         encoder_attention_heads=4, decoder_attention_heads=4,
         pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, forced_eos_token_id=None,
-        max_position_embeddings=max(128, config.max_length, config.response_length), scale_embedding=True,
+        max_position_embeddings=max(128, longest), scale_embedding=True,
     )  # fmt: skip
     updates = config.pretrain_updates
     folder = pretrained(role, "Seq2SeqLM", shape, tokenizer, data[role], likelihood_loss, updates, config)
-    return load_model(role, str(folder), "Seq2SeqLM", config)
+    return load_model(role, str(folder), "Seq2SeqLM", config, longest)
 
 
 def causal_lm(role, name, data, config, seed=0):
     """A decoder and its tokenizer: by name or, without one, a GPT-2 trained from scratch on data["texts"]."""
+    longest = config.prompt_length + config.response_length
     if name:
-        return load_model(role, name, "CausalLM", config)
+        return load_model(role, name, "CausalLM", config, longest)
     tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
     halves = [text.partition(" ") for text in data["texts"]]  # a decoder needs a first word to go on from
     examples, shape = [(first, " " + rest) for first, _, rest in halves if rest], gpt2(tokenizer, config)
     recipe = (tokenizer, examples, likelihood_loss, config.pretrain_updates, config, seed)
-    return load_model(role, str(pretrained(role, "CausalLM", shape, *recipe)), "CausalLM", config)
+    return load_model(role, str(pretrained(role, "CausalLM", shape, *recipe)), "CausalLM", config, longest)
 
 
 def classifier(role, name, data, config):
@@ -1846,7 +1872,7 @@ def classifier(role, name, data, config):
         examples, shape = [(label, text) for text, label in data["train"]], gpt2(tokenizer, config)
         recipe = (tokenizer, examples, label_loss, config.reward_updates, config)
         name = str(pretrained(role, kind, shape, *recipe))
-    model, tokenizer = load_model(role, name, kind, config)
+    model, tokenizer = load_model(role, name, kind, config, config.max_length)
     if model.config.num_labels != 2:
         labels = model.config.num_labels
         raise ValueError(f"{role} {name!r} has {labels} labels; expected 2, the second one positive")
@@ -1859,7 +1885,7 @@ def supervised_finetuning(config, data):
     if config.model and not config.pretrain_updates:
         return config.model
     if config.model:
-        model, tokenizer = load_model("policy", config.model, "CausalLM", config)
+        model, tokenizer = load_model("policy", config.model, "CausalLM", config, 2 * config.max_length)
         start = lora(model, "CAUSAL_LM", config)
     else:
         tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
@@ -1874,7 +1900,8 @@ def reward_modelling(config, data, sft):
     an adapter or, where there is no `model`, from scratch. Returns its folder."""
     kind, settings = "SequenceClassification", dict(num_labels=1)
     if config.model:
-        model, tokenizer = load_model("reward model", sft, kind, config, **settings)
+        torch.manual_seed(0)
+        model, tokenizer = load_model("reward model", sft, kind, config, new_head=True, **settings)
         start = lora(model, "SEQ_CLS", config)
     else:
         _, tokenizer = load_model("policy", sft, "CausalLM", config)
@@ -1885,11 +1912,11 @@ def reward_modelling(config, data, sft):
     return str(pretrained("reward model", kind, start, *recipe))
 
 
-def lora(model, task_type, config):
+def lora(model, task_type, config, seed=0):
     """The model frozen, with an adapter on its linear layers that begins as the identity."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     shape = dict(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=config.lora_dropout)
     return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
 
@@ -1897,6 +1924,8 @@ def lora(model, task_type, config):
 def llama(tokenizer, config, **settings):
     from transformers import LlamaConfig
 
+    if config.d_model % 8:
+        raise ValueError(f"d_model is {config.d_model}; expected a multiple of 8")
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.d_model, intermediate_size=2 * config.d_model,
         num_hidden_layers=config.layers, num_attention_heads=4, bos_token_id=None,
@@ -1962,15 +1991,15 @@ def weights_of(start):
 
 def merged(model, config):
     """The model with its adapter, if it has one, added to its weights; those are taken in full precision."""
-    import peft
-
-    if not isinstance(model, peft.PeftModel):
+    if not hasattr(model, "merge_and_unload"):
         return model
     if config.load_in_8bit:
-        adapter = peft.get_peft_model_state_dict(model)
-        base = type(model.get_base_model()).from_pretrained(
-            model.name_or_path, dtype=getattr(torch, config.dtype)
-        )
+        import peft
+
+        adapter, shape = peft.get_peft_model_state_dict(model), copy.deepcopy(model.get_base_model().config)
+        del shape.quantization_config
+        settings = dict(config=shape, dtype=getattr(torch, config.dtype), trust_remote_code=False)
+        base = type(model.get_base_model()).from_pretrained(model.name_or_path, **settings)
         model = peft.get_peft_model(base, model.peft_config["default"])
         peft.set_peft_model_state_dict(model, adapter)
     return model.merge_and_unload()
@@ -2078,17 +2107,23 @@ def translation_data(config):
 def train_and_validation(config, columns):
     """The rows of data and, for evaluation, of validation_data or of the split `validation` beside it."""
     name, _ = split_of(config.data)
-    held_out = config.validation_data or f"{name}:validation"
-    return load_rows(config.data, columns), load_rows(held_out, columns)
+    held_out = load_rows(config.validation_data or f"{name}:validation", columns)
+    return load_rows(config.data, columns), held_out
+
+
+def mixed(rows):
+    """The rows in another order, always the same: some come sorted by label."""
+    return random.Random(0).sample(rows, len(rows))
 
 
 def review_data(config):
     """train, validation: (text, label) pairs, label 1 positive; texts, for language models; gold(prompts,
     texts): metrics that only the embedded corpus allows, {} for others."""
     if not config.data:
+        refuse_unused(config, "validation_data")
         return toy_reviews()
     parts = train_and_validation(config, "text label")
-    train, validation = ([(row["text"], int(row["label"])) for row in rows] for rows in parts)
+    train, validation = (mixed([(row["text"], int(row["label"])) for row in rows]) for rows in parts)
     texts = [text for text, _ in train]
     return dict(train=train, validation=validation, texts=texts, gold=lambda prompts, texts: {})
 
@@ -2098,18 +2133,22 @@ def qa_data(config):
     better one first; questions: prompts; validation: (question, human answer); problems: prompts and tests of
     programs; program_of(prompt, response): their source; texts: for a tokenizer."""
     if not config.data:
+        refuse_unused(config, "sft_data", "preference_data", "validation_data", "programs")
+        if config.model and not config.allow_code_execution:
+            raise ValueError("with --model, programs that it writes are run: --allow_code_execution true")
         return toy_qa()
     if config.programs and not config.allow_code_execution:
         raise ValueError(
-            "programs runs what a model has written: --allow_code_execution true, or no programs"
+            "--programs runs what the model writes: --allow_code_execution true, or --programs ''"
         )
     train, validation = train_and_validation(config, "question response_j")
     sft = load_rows(config.sft_data, "question response_j") if config.sft_data else train
     preferences = load_rows(config.preference_data or config.data, "question response_j response_k")
     pairs = [[ASKED.format(row["question"]) + row[f"response_{r}"] for r in "jk"] for row in preferences]
-    held_out = len(pairs) // 20 or 1
+    pairs, held_out = mixed(pairs), len(pairs) // 20 or 1
     sft, validation = (
-        [(ASKED.format(row["question"]), row["response_j"]) for row in rows] for rows in (sft, validation)
+        mixed([(ASKED.format(row["question"]), row["response_j"]) for row in rows])
+        for rows in (sft, validation)
     )
     questions = list(dict.fromkeys(ASKED.format(row["question"]) for row in train))
     data = dict(sft=sft, preferences=pairs[held_out:], held_out=pairs[:held_out], validation=validation)
@@ -2132,6 +2171,12 @@ def humaneval(config):
         problems=problems,
         program_of=lambda prompt, response: prompt + re.split(r"\n(?=[^\s])", response)[0] + "\n",
     )
+
+
+def refuse_unused(config, *names):
+    for name in names:
+        if getattr(config, name):
+            raise ValueError(f"--{name} needs --data: the embedded corpus has its own")
 
 
 def split_of(spec):
@@ -2734,6 +2779,8 @@ def main(argv=None) -> int:
         if given.get("task") not in TASKS:
             raise ValueError(f"--task is {given.get('task', 'missing')}; expected one of {', '.join(TASKS)}")
         if command.compare:
+            if given.get("last_stage", "rl") != "rl":
+                raise ValueError("--compare runs RL, but --last_stage ends before it")
             methods = [method.strip() for method in command.compare.split(",")]
             print(compare(methods, command.seeds, command.jobs, given))
         elif given.get("last_stage", "rl") != "rl":

@@ -25,7 +25,6 @@ from elastic_reset import (
     configure,
     distinct,
     function_in,
-    joined,
     pass_at_k,
     perplexity,
     toy_feeling,
@@ -135,11 +134,11 @@ def test_perplexity_against_one_token_at_a_time(tmp_path, window, stride):
         AutoTokenizer.from_pretrained(folder),
     )
     prompts = [text[:20] for text in texts[:5]]
-    ours = perplexity(model, tokenizer, prompts, texts[:5], window, stride)
+    ours = perplexity(model, tokenizer, prompts, [text[20:] for text in texts[:5]], window, stride)
     total, count = 0.0, 0
     for prompt, text in zip(prompts, texts, strict=False):
         start = len(tokenizer(prompt)["input_ids"])
-        tokens = tokenizer(prompt)["input_ids"] + tokenizer(text[20:])["input_ids"]
+        tokens = tokenizer(prompt)["input_ids"] + tokenizer(text[20:], add_special_tokens=False)["input_ids"]
         stride = min(stride, window // 2)
         end = min(max(window, start + stride), len(tokens))
         for t in range(start, len(tokens)):
@@ -156,14 +155,34 @@ def test_distinct_by_hand():
     assert distinct([["a", "b", "a", "b"]], 2) == 2 / 3 and distinct([["a"]], 2) == 0
 
 
-def test_prompt_and_response_make_one_text(tmp_path):
-    words = train_tokenizer(["a film b"], 0, 16, append_eos=False)
-    tokens = words("a film b")["input_ids"]
-    assert joined(words, [words.decode(tokens[:1])], [words.decode(tokens[1:])]) == ["a film b"]
-    pieces = train_tokenizer(["a film b"], 270, 16, append_eos=False)
-    tokens = pieces("a film b")["input_ids"]
-    texts = joined(pieces, [pieces.decode(tokens[:2])], [pieces.decode(tokens[2:])])
-    assert texts[0].strip() == "a film b"
+def sentencepiece_like(texts):
+    """A tokenizer as LLaMA's: words carry a mark for their space; decoding drops a first space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces", "sentencepiece"])
+def test_prompt_and_response_make_one_text(kind):
+    """Wherever a text is cut into prompt and response, decoded they make it again."""
+    text = "def f(a):    return a  or  film"
+    if kind == "sentencepiece":
+        tokenizer = sentencepiece_like([text])
+    else:
+        tokenizer = train_tokenizer([text], 0 if kind == "words" else 300, 64, append_eos=False)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=64))
+    tokens = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    whole = tokenizer.decode(tokens[0])
+    for cut in range(1, tokens.shape[1]):
+        [response] = elastic_reset.response_texts(model, tokenizer, tokens[:, :cut], tokens[:, cut:])
+        assert tokenizer.decode(tokens[0, :cut]) + response == whole
 
 
 def reviews_folder(path, n=24):
@@ -301,6 +320,45 @@ def test_stages_stop_where_asked(stack, capsys):
         assert elastic_reset.main(elastic_reset.to_argv(flags)) == 0
         found, folder = capsys.readouterr().out.strip().splitlines()[-1].split(": ")
         assert found == stage and kind.from_pretrained(folder).config.model_type == "llama"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(task="qa", sft_data="x"), "--sft_data needs --data"),
+    (dict(task="imdb", validation_data="x"), "--validation_data needs --data"),
+    (dict(task="qa", d_model=20), "d_model is 20; expected a multiple of 8"),
+    (dict(task="qa", model="x"), "--allow_code_execution true"),
+    (dict(task="imdb", min_response_length=30, response_length=20), "min_response_length is 30"),
+    (dict(task="imdb", last_stage="sft"), "only the task qa has stages"),
+])  # fmt: skip
+def test_bad_flags_end_in_one_line(flags, message, tmp_path, capsys):
+    assert elastic_reset.main(elastic_reset.to_argv(flags | dict(output_dir=str(tmp_path / "run")))) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_model_without_a_trained_head_is_no_reward_model(stack, tmp_path):
+    with pytest.raises(ValueError, match="has no trained score.weight"):
+        TechnicalQA(configure(**stack | dict(reward_model=stack["model"])))
+
+
+def test_long_questions_are_left_out(stack):
+    lengths = [len(TechnicalQA(configure(**stack | dict(prompt_length=n))).questions) for n in (200, 90)]
+    assert lengths[0] > lengths[1] > 0
+    with pytest.raises(ValueError, match="at most prompt_length"):
+        TechnicalQA(configure(**stack | dict(prompt_length=3)))
+
+
+def test_first_stage_sees_prompts_as_sampling_does(tmp_path):
+    """Of a short and a long question in one batch, the answer's likelihood is as if alone."""
+    tokenizer = train_tokenizer(["a b c d", " a b c d"], 0, 32, append_eos=False)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=1, pad_token_id=0,
+    )).eval()  # fmt: skip
+    both, _ = elastic_reset.target_logprobs(model, tokenizer, ["a", "a b c d"], [" b", " b"], 32)
+    alone, _ = elastic_reset.target_logprobs(model, tokenizer, ["a"], [" b"], 32)
+    assert torch.allclose(both[0], alone[0], atol=1e-5)
 
 
 def test_programs_run_only_when_allowed(stack):
