@@ -1959,7 +1959,7 @@ def pretrained(role, kind, start, tokenizer, examples, loss_of, updates, config,
 
     settings = "pretrain_batch_size pretrain_learning_rate max_length max_grad_norm load_in_8bit"
     made_of = [role, kind, examples, updates, seed, torch.__version__, repr(start), weights_of(start)]
-    made_of += [tokenizer.get_vocab(), tokenizer.padding_side]
+    made_of += [sorted(tokenizer.get_vocab().items()), tokenizer.padding_side]
     made_of += [getattr(config, name) for name in settings.split()]
     code = (fit, loss_of, batches_of_like_length, shuffled, tokens_of, class_logits, target_logprobs)
     made_of += [inspect.getsource(function) for function in (*code, response_logits, adamw, lora, merged)]
