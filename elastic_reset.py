@@ -1357,11 +1357,16 @@ def plot_tradeoff(histories, path):
     plane.plot(drift[0], max(reward[0], edge), "k*", markersize=14)
     text = f"start, reward {reward[0]:.3g}"
     plane.annotate(text, (drift[0], max(reward[0], edge)), (10, -4), textcoords="offset points")
+    drifts = [e["drift"] for runs in histories.values() for h in runs.values() for e in during_training(h)]
+    if max(drifts) > 20 * min(drifts) > 0:
+        plane.set_xscale("log")
+        over_time.set_yscale("log")
     over_time.set_xlim(right=updates[-1] * 1.3)
-    gap, height = 0.045 * (over_time.get_ylim()[1] - over_time.get_ylim()[0]), -math.inf
+    to_axes, height = over_time.transData + over_time.transAxes.inverted(), -math.inf
+    place = dict(va="center", transform=over_time.get_xaxis_transform())
     for y, label, color in sorted(names):  # names stand at the ends of their lines, one above the other
-        height = max(y, height + gap)
-        over_time.text(updates[-1] * 1.02, height, label, color=color, va="center")
+        height = max(to_axes.transform((0, y))[1], height + 0.045)
+        over_time.text(updates[-1] * 1.02, height, label, color=color, **place)
     plane.set(xlabel="drift", ylabel="reward", title="trade-off; large marks: the ends")
     over_time.set(xlabel="update", ylabel="drift", title=f"drift, {len(runs)} seeds")
     plane.legend(fontsize="small")
