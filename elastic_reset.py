@@ -2112,8 +2112,8 @@ def translation_data(config):
 def train_and_validation(config, columns):
     """The rows of data and, for evaluation, of validation_data or of the split `validation` beside it."""
     name, _ = split_of(config.data)
-    held_out = load_rows(config.validation_data or f"{name}:validation", columns)
-    return load_rows(config.data, columns), held_out
+    held_out = config.validation_data or f"{name}:validation"
+    return load_rows(config.data, columns), load_rows(held_out, columns)
 
 
 def mixed(rows):
