@@ -343,7 +343,7 @@ class Config:
         "elastic", "policy <- EMA, EMA <- start; or one half of it", group="Elastic Reset"
     )
     reset_every: int = flag(40, "updates between resets", 1)
-    ema_decay: float = flag(0.97, "the EMA's decay", 0, 1)
+    ema_decay: float = flag(0.97, "decay ** reset_every is the start's share of a reset", 0, 1)
     ema_update: Literal["update", "epoch", "minibatch"] = flag("update", "how often the EMA is updated")
 
     learning_rate: float = flag(2e-4, "AdamW's", 0, 1, group="PPO")
