@@ -332,7 +332,7 @@ class Config:
     seed: int = flag(0, "of sampling and data order; pretraining has a fixed one", 0)
     updates: int = flag(200, "PPO updates; each samples batch_size responses", 1)
     eval_every: int = flag(20, "updates between evaluations; each reset has one on either side", 1)
-    eval_size: int = flag(256, "validation prompts to evaluate on", 1)
+    eval_size: int = flag(256, "validation prompts (and programs) to evaluate on", 1)
     save_every: int = flag(20, "updates between checkpoints", 1)
     output_dir: str = flag("", "where the files go; empty: runs/<task>/<method>/seed<seed>")
     resume: bool = flag(False, "go on from the checkpoint in output_dir; needs the same settings")
@@ -890,7 +890,8 @@ class TechnicalQA:
     def __init__(self, config: Config):
         data = qa_data(config)
         (_, sft), (_, reward) = self.stages(config, data)
-        self.config, self.problems, self.program_of = config, data["problems"], data["program_of"]
+        self.config, self.program_of = config, data["program_of"]
+        self.problems = data["problems"][: config.eval_size]
         longest = config.prompt_length + config.response_length
         base, self.tokenizer = load_model("policy", sft, "CausalLM", config, longest)
         self.policy = lora(base, "CAUSAL_LM", config, config.seed)
