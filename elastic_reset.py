@@ -1103,7 +1103,7 @@ def ppo_gradient(model, minibatch, config, accelerator):
     `gradient_accumulation_steps` parts. Returns the numbers to watch."""
     names = ("cliprange", "cliprange_value", "vf_coef", "entropy_coef")
     settings = {name: getattr(config, name) for name in names}
-    tokens, watched = accelerator.reduce(minibatch["mask"].sum(), "mean"), {}
+    tokens, watched = accelerator.reduce(minibatch["mask"].sum().float(), "mean"), {}
     for rows in torch.arange(len(minibatch["mask"])).chunk(config.gradient_accumulation_steps):
         part = {name: tensor[rows] for name, tensor in minibatch.items()}
         share = part["mask"].sum() / tokens
