@@ -627,7 +627,7 @@ def response_texts(policy, tokenizer, input_ids, responses):
 
 def response_logits(policy, input_ids, attention_mask, responses):
     """Logits (batch, response, vocab) and last hidden states (batch, response, hidden) before each token of a
-    response. Here and in sample(), and nowhere else, an encoder-decoder differs from a decoder."""
+    response. An encoder-decoder differs from a decoder here, in sample() and in response_texts()."""
     if policy.config.is_encoder_decoder:
         start = torch.full_like(responses[:, :1], policy.generation_config.decoder_start_token_id)
         inputs = dict(input_ids=input_ids, decoder_input_ids=torch.cat([start, responses[:, :-1]], 1))
@@ -736,8 +736,8 @@ class TranslationGame:
         return token_mean(*self._receive(responses, [self.german[french] for french in prompts])).tolist()
 
     def learn(self, prompts, responses):
-        logprobs, mask = self._receive(responses, [self.german[french] for french in prompts])
-        loss = -logprobs.sum() / mask.sum()
+        german, longest = [self.german[french] for french in prompts], self.config.max_length
+        loss = likelihood_loss(self.receiver, self.receiver_tokenizer, responses, german, longest)
         self.accelerator.backward(loss)
         stats = optimizer_step(self.accelerator, self.receiver, self.optimizer, self.config.max_grad_norm)
         return dict(receiver_loss=loss.item(), receiver_gradient=stats["gradient"])
@@ -1008,9 +1008,9 @@ def train(config: Config, task: Task | None = None) -> dict:
         batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
 
         # 4. PPO epochs over minibatches
-        train_kl = accelerator.reduce((logprobs - ref_logprobs).sum(1).mean(), "mean").item()
-        train_reward = accelerator.reduce(scores.mean(), "mean").item()
-        stats = dict(train_reward=train_reward, train_kl=train_kl, kl_coef=kl_coef.value)
+        train_kl = (logprobs - ref_logprobs).sum(1).mean().item()
+        stats = mean_over_processes(dict(train_reward=scores.mean().item(), train_kl=train_kl), accelerator)
+        stats |= dict(kl_coef=kl_coef.value)
         for _epoch in range(config.num_ppo_epochs):
             for mb in minibatches(batch, config, accelerator):
                 mb_stats = ppo_gradient(model, mb, config, accelerator)
@@ -1021,7 +1021,7 @@ def train(config: Config, task: Task | None = None) -> dict:
             average(elastic, "epoch", config)
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
-        kl_coef.adapt(train_kl, config.batch_size)
+        kl_coef.adapt(stats["train_kl"], config.batch_size)
         if hasattr(task, "learn"):
             stats |= mean_over_processes(task.learn(prompts, texts) or {}, accelerator)
             run.check_finite(**stats)
@@ -1031,15 +1031,16 @@ def train(config: Config, task: Task | None = None) -> dict:
 
         # 6. Reset: policy <- EMA, EMA <- start
         due = update % config.reset_every == 0
-        if due and config.reset != "none":
+        resets = due and config.reset != "none"
+        if resets:
             run.log(update, evaluate(task, model, elastic, config) | stats, "before reset")
             elastic.reset()
         if due and config.kl_reference == "reset":
             reference[:] = [p.detach().clone() for p in elastic.params]
 
         # 7. Evaluate and log
-        event = "after reset" if due and config.reset != "none" else ""
-        if event or update % config.eval_every == 0 or update == config.updates:
+        event = "after reset" if resets else ""
+        if resets or update % config.eval_every == 0 or update == config.updates:
             run.log(update, evaluate(task, model, elastic, config) | stats, event)
 
     average_after(task, model, elastic, run, config)
@@ -1438,9 +1439,8 @@ class Run:
             print(f"{self.folder} holds no checkpoint yet: the run begins anew", file=sys.stderr)
         self.began = time.perf_counter() - seconds
         if self.accelerator.is_main_process:
-            (self.folder / "samples.md").unlink(
-                missing_ok=True
-            )  # it comes last: where it is, the run is complete
+            # it comes last: where it is, the run is complete
+            (self.folder / "samples.md").unlink(missing_ok=True)
             for left_over in self.folder.rglob(".*.partial"):
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
@@ -1669,19 +1669,24 @@ def samples_text(samples):
     ]
     parts = []
     for i, row in enumerate(shown[0]["rows"]):
-        parts += [f"## {i + 1}", "", *(f"- {c}: {cell(row[c])}" for c in columns if c not in moving), ""]
+        parts += [
+            f"## {i + 1}",
+            "",
+            *(f"- {c}: {on_one_line(row[c])}" for c in columns if c not in moving),
+            "",
+        ]
         if moving:
             parts += ["| update | " + " | ".join(moving) + " |", "|---" * (len(moving) + 1) + "|"]
         for s in shown if moving else []:
-            texts = [cell(s["rows"][i][c]) for c in moving]
+            texts = [on_one_line(s["rows"][i][c]).replace("|", "\\|") for c in moving]
             parts.append("| " + " | ".join([f"{s['update']} {s['event']}".strip(), *texts]) + " |")
         parts.append("")
     return "\n".join(parts)
 
 
-def cell(text):
-    """Text for a cell of a Markdown table, its lines and indentations kept."""
-    return text.strip().replace("|", "\\|").replace("    ", "&emsp;").replace("\n", "<br>")
+def on_one_line(text):
+    """Text for one line of Markdown that shows its lines and indentations."""
+    return text.strip().replace("    ", "&emsp;").replace("\n", "<br>")
 
 
 def before_and_after(start, end):
@@ -1838,35 +1843,38 @@ def load_model(role, name, kind, config, longest=0, new_head=False, **settings):
 def seq2seq(role, name, data, config):
     """A translation model and its tokenizer: by hub name or from a folder or, without a name, a Marian
     trained from scratch on data[role], pairs of source and target."""
+    kind, longest = "Seq2SeqLM", max(config.max_length, config.response_length)
+    if not name:
+        tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length)
+        recipe = (tokenizer, data[role], likelihood_loss, config.pretrain_updates, config)
+        name = str(pretrained(role, kind, marian(tokenizer, config, longest), *recipe))
+    return load_model(role, name, kind, config, longest)
+
+
+def marian(tokenizer, config, longest):
     from transformers import MarianConfig
 
-    longest = max(config.max_length, config.response_length)
-    if name:
-        return load_model(role, name, "Seq2SeqLM", config, longest)
-    tokenizer, width = train_tokenizer(data["texts"], config.vocab_size, config.max_length), config.d_model
+    width = config.d_model
     pad, eos, size = tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)
-    shape = MarianConfig(
+    return MarianConfig(
         vocab_size=size, d_model=width, encoder_layers=config.layers, decoder_layers=config.layers,
         encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, dropout=0.0,
         encoder_attention_heads=4, decoder_attention_heads=4,
         pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, forced_eos_token_id=None,
         max_position_embeddings=max(128, longest), scale_embedding=True,
     )  # fmt: skip
-    updates = config.pretrain_updates
-    folder = pretrained(role, "Seq2SeqLM", shape, tokenizer, data[role], likelihood_loss, updates, config)
-    return load_model(role, str(folder), "Seq2SeqLM", config, longest)
 
 
 def causal_lm(role, name, data, config, seed=0):
     """A decoder and its tokenizer: by name or, without one, a GPT-2 trained from scratch on data["texts"]."""
-    longest = config.prompt_length + config.response_length
-    if name:
-        return load_model(role, name, "CausalLM", config, longest)
-    tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
-    halves = [text.partition(" ") for text in data["texts"]]  # a decoder needs a first word to go on from
-    examples, shape = [(first, " " + rest) for first, _, rest in halves if rest], gpt2(tokenizer, config)
-    recipe = (tokenizer, examples, likelihood_loss, config.pretrain_updates, config, seed)
-    return load_model(role, str(pretrained(role, "CausalLM", shape, *recipe)), "CausalLM", config, longest)
+    kind, longest = "CausalLM", config.prompt_length + config.response_length
+    if not name:
+        tokenizer = decoder_tokenizer(data, config)
+        halves = [text.partition(" ") for text in data["texts"]]  # a decoder needs a first word to go on from
+        examples = [(first, " " + rest) for first, _, rest in halves if rest]
+        recipe = (tokenizer, examples, likelihood_loss, config.pretrain_updates, config, seed)
+        name = str(pretrained(role, kind, gpt2(tokenizer, config), *recipe))
+    return load_model(role, name, kind, config, longest)
 
 
 def classifier(role, name, data, config):
@@ -1874,7 +1882,7 @@ def classifier(role, name, data, config):
     pairs of a text and a label, 0 or 1."""
     kind = "SequenceClassification"
     if not name:
-        tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
+        tokenizer = decoder_tokenizer(data, config)
         examples, shape = [(label, text) for text, label in data["train"]], gpt2(tokenizer, config)
         recipe = (tokenizer, examples, label_loss, config.reward_updates, config)
         name = str(pretrained(role, kind, shape, *recipe))
@@ -1894,7 +1902,7 @@ def supervised_finetuning(config, data):
         model, tokenizer = load_model("policy", config.model, "CausalLM", config, 2 * config.max_length)
         start = lora(model, "CAUSAL_LM", config)
     else:
-        tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
+        tokenizer = decoder_tokenizer(data, config)
         start = llama(tokenizer, config)
     examples = [(question, answer + tokenizer.eos_token) for question, answer in data["sft"]]
     recipe = (tokenizer, examples, likelihood_loss, config.pretrain_updates, config)
@@ -2095,6 +2103,10 @@ def train_tokenizer(texts, vocab_size, max_length, append_eos=True):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **names)
 
 
+def decoder_tokenizer(data, config):
+    return train_tokenizer(data["texts"], config.vocab_size, config.max_length, append_eos=False)
+
+
 def translation_data(config):
     """train, validation: rows of fr, en, de. sender, receiver: (source, target) pairs; texts: theirs."""
     if not config.data:
@@ -2150,13 +2162,10 @@ def qa_data(config):
     train, validation = train_and_validation(config, "question response_j")
     sft = load_rows(config.sft_data, "question response_j") if config.sft_data else train
     preferences = load_rows(config.preference_data or config.data, "question response_j response_k")
-    pairs = [[ASKED.format(row["question"]) + row[f"response_{r}"] for r in "jk"] for row in preferences]
-    pairs, held_out = mixed(pairs), len(pairs) // 20 or 1
-    sft, validation = (
-        mixed([(ASKED.format(row["question"]), row["response_j"]) for row in rows])
-        for rows in (sft, validation)
-    )
-    questions = list(dict.fromkeys(ASKED.format(row["question"]) for row in train))
+    pairs = mixed([[asked(row) + row[f"response_{r}"] for r in "jk"] for row in preferences])
+    held_out = len(pairs) // 20 or 1
+    sft, validation = (mixed([(asked(row), row["response_j"]) for row in rows]) for rows in (sft, validation))
+    questions = list(dict.fromkeys(map(asked, train)))
     data = dict(sft=sft, preferences=pairs[held_out:], held_out=pairs[:held_out], validation=validation)
     return data | dict(
         questions=questions, texts=[text for pair in sft + pairs for text in pair], **humaneval(config)
@@ -2164,6 +2173,10 @@ def qa_data(config):
 
 
 ASKED = "Question: {}\n\nAnswer: "  # the paper's
+
+
+def asked(row):
+    return ASKED.format(row["question"])
 
 
 def humaneval(config):
