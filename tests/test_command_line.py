@@ -108,15 +108,16 @@ def test_damaged_data(name, capsys, tmp_path):
 
 def test_bad_slice(capsys, tmp_path):
     (tmp_path / "train.jsonl").write_text(GOOD)
-    assert "cannot be read" in error_of(["--task", "translation", "--data", f"{tmp_path}:train[abc]"], capsys)
+    argv = ["--task", "translation", "--data", f"{tmp_path}:train[abc]"]
+    argv += ["--output_dir", str(tmp_path / "run")]
+    assert "cannot be read" in error_of(argv, capsys)
 
 
 def test_real_data_needs_models_or_pairs(capsys, tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(GOOD)
-    assert "the sender needs --model or --sender_data" in error_of(
-        ["--task", "translation", "--data", str(tmp_path)], capsys
-    )
+    argv = ["--task", "translation", "--data", str(tmp_path), "--output_dir", str(tmp_path / "run")]
+    assert "the sender needs --model or --sender_data" in error_of(argv, capsys)
 
 
 def test_damaged_checkpoint(tiny, capsys, tmp_path):

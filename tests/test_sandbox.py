@@ -307,7 +307,10 @@ def add(a, b):
 
 def test_processes_are_found_by_their_marker():
     marker = str(random.random())
-    with subprocess.Popen([sys.executable, "-c", "input()", marker], stdin=subprocess.PIPE) as process:
+    program = "print('started', flush=True); input()"
+    command = [sys.executable, "-c", program, marker]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"started\n"
         assert marker in commands()
         process.communicate(b"\n")
     assert gone(marker)
