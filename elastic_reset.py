@@ -22,7 +22,9 @@ The method (Noukhovitch, Lavoie, Strub, Courville: "Language Model Alignment wit
 The loss is PPO's and stays so. The value head and the optimizer's moments live through a reset.
 
 Run it:   python elastic_reset.py --task translation       (offline, minutes on two CPU cores; see --help)
-Copy it:  room 1 needs nothing but torch; `elastic.step()` after `optimizer.step()` is all it asks for.
+Copy it:  `elastic.step()` after `optimizer.step()` is all that ElasticReset asks for, torch all it needs. To
+          paste room 1 alone, put before it: import contextlib, os, torch; from pathlib import Path;
+          from torch import nn; ema_kernel = None.
 
 Rooms: 1 Elastic Reset, 2 PPO, 3 Tasks, 4 Training, 5 Trade-off, 6 Files, 7 Data and models, 8 Command line.
 """
@@ -94,7 +96,7 @@ class ElasticReset:
     float32 (float64 for float64): a bfloat16 average with decay 0.995 would be rounded back to where it was.
 
     `backend` is "rust" if all parameters are plain CPU tensors and the extension `ema_kernel` is built; they,
-    `ema` and `init` are then views of one flat buffer a dtype, which the kernel passes over once. Otherwise
+    `ema` and `init` are then views of three flat buffers per dtype, which the kernel reads once. Otherwise
     it is "foreach", torch's operations on lists. DTensors (FSDP2) are averaged shard by shard, without
     communication.
 
@@ -134,11 +136,12 @@ class ElasticReset:
         """ema <- decay * ema + (1 - decay) * policy"""
         self._follow()
         self.updates += 1
-        if not self._flat:
-            policy = [_average_like(p, _local(p)) for p in self.params]
-            torch._foreach_lerp_(self.ema, policy, 1 - self.decay)
-        for policy, ema, _ in self._flat:
-            ema_kernel.update(_numpy(ema), _numpy(policy), self.decay, torch.get_num_threads())
+        if self._flat:
+            for policy, ema, _ in self._flat:
+                ema_kernel.update(_numpy(ema), _numpy(policy), self.decay, torch.get_num_threads())
+            return
+        policy = [_average_like(p, _local(p)) for p in self.params]
+        torch._foreach_lerp_(self.ema, policy, 1 - self.decay)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -165,7 +168,7 @@ class ElasticReset:
     def holding(self, weights: list[torch.Tensor]):
         """averaged() for any weights listed like `params`."""
         self._follow()
-        own = [_local(p).detach().clone() for p in self.params]
+        own = [_local(p).clone() for p in self.params]
         try:
             self._set_policy(weights)
             yield
@@ -240,12 +243,12 @@ def _trainable(model):
 
 
 def _places(params):
-    return [(p.to_local() if hasattr(p, "to_local") else p).data_ptr() for p in params]
+    return [(p.to_local() if hasattr(p, "to_local") else p).data_ptr() for p in params]  # no detach: quicker
 
 
 def _local(p):
     """The tensor itself, or this rank's shard of a DTensor."""
-    return p.to_local() if hasattr(p, "to_local") else p.detach()
+    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
 def _average_like(p, t):
@@ -270,16 +273,20 @@ class ElasticResetCallback:
     """Elastic Reset in transformers' Trainer and in those built on it, TRL's GRPO, RLOO, DPO and SFT:
     Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps,
     not micro-batches; of a PEFT model it averages and resets the adapter. Its averages lie in the checkpoints
-    as elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there."""
+    as elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there. For one process or
+    DDP: DeepSpeed would undo a reset from weights of its own, and FSDP's shards would need a file each."""
 
     def __init__(self, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
         self.settings, self.elastic = dict(decay=decay, reset_every=reset_every, reset=reset), None
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Begins at the model's weights or, with steps done, where their checkpoint left off. ValueError if
-        that does not hold the averages."""
+        that does not hold the averages, or under DeepSpeed or FSDP."""
+        from accelerate.state import AcceleratorState
         from safetensors.torch import load_file
 
+        if AcceleratorState().distributed_type in ("DEEPSPEED", "FSDP"):
+            raise ValueError("ElasticResetCallback works on one process or with DDP, not DeepSpeed or FSDP")
         self.elastic = ElasticReset(model, **self.settings)
         if state.global_step:
             path = self._file(args, state)
@@ -342,14 +349,14 @@ class Config:
     reset: Literal["elastic", "ema", "init", "none"] = flag(
         "elastic", "policy <- EMA, EMA <- start; or one half of it", group="Elastic Reset"
     )
-    reset_every: int = flag(40, "updates between resets", 1)
+    reset_every: int = flag(40, "PPO updates between resets", 1)
     ema_decay: float = flag(0.97, "decay ** reset_every is the start's share of a reset", 0, 1)
-    ema_update: Literal["update", "epoch", "minibatch"] = flag("update", "how often the EMA is updated")
+    ema_update: Literal["update", "epoch", "minibatch"] = flag("update", "when the EMA moves")
 
     learning_rate: float = flag(2e-4, "AdamW's", 0, 1, group="PPO")
     value_learning_rate: float = flag(0.0, "of the value head or model; 0: learning_rate", 0, 1)
-    batch_size: int = flag(128, "responses sampled an update", 1)
-    mini_batch_size: int = flag(64, "responses an optimizer step; 0: batch_size", 0)
+    batch_size: int = flag(128, "responses sampled per update", 1)
+    mini_batch_size: int = flag(64, "responses per optimizer step; 0: batch_size", 0)
     num_ppo_epochs: int = flag(2, "passes over each batch; 0 keeps the policy fixed", 0)
     gradient_accumulation_steps: int = flag(1, "parts a minibatch is cut into, to save memory", 1)
     response_length: int = flag(20, "longest response, in tokens", 1)
@@ -357,20 +364,22 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature", 0.01, 100)
     gamma: float = flag(1.0, "discount", 0, 1)
     lam: float = flag(0.95, "lambda of the advantage estimation", 0, 1)
-    whiten_advantages: bool = flag(True, "it amplifies noise once the rewards are flat")
+    whiten_advantages: bool = flag(True, "to mean 0, variance 1; amplifies noise once the rewards are flat")
     cliprange: float = flag(0.2, "clip of the probability ratio", 0)
     cliprange_value: float = flag(0.2, "clip of the change of a value", 0)
     vf_coef: float = flag(0.1, "weight of the value loss; 0: no value function", 0)
     entropy_coef: float = flag(0.0, "weight of the entropy bonus", 0)
     max_grad_norm: float = flag(1.0, "longest gradient; longer ones are scaled down", 1e-9)
-    early_stop_kl: float = flag(0.0, "end an update's epochs once the policy KL exceeds this; 0: never", 0)
+    early_stop_kl: float = flag(0.0, "end an update once the last minibatch's KL exceeds this; 0: never", 0)
     separate_value_model: bool = flag(False, "instead of a value head on the policy")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of loaded weights")
 
     kl_coef: float = flag(0.0, "weight of the per-token KL penalty", 0, group="KL penalty")
-    kl_target: float = flag(0.0, "adapt kl_coef to reach this KL, in nats a response; 0: keep it", 0)
+    kl_target: float = flag(0.0, "adapt kl_coef to reach this KL, in nats per response; 0: keep it", 0)
     kl_horizon: int = flag(10_000, "responses within which the adaptation works", 1)
-    kl_reference: Literal["init", "ema", "reset"] = flag("init", "start, EMA, or last reset")
+    kl_reference: Literal["init", "ema", "reset"] = flag(
+        "init", "from the start, the EMA, or the policy of reset_every updates ago at most"
+    )
 
     model: str = flag("", "hub name or folder of the policy; empty: from scratch", group="Models and data")
     reward_model: str = flag("", "hub name or folder of a classifier (imdb) or scorer (qa)")
@@ -390,7 +399,7 @@ class Config:
     prompt_length: int = flag(10, "tokens of a review that make a prompt (imdb), longest question (qa)", 1)
     max_length: int = flag(64, "longest input or target text, in tokens; the rest is cut off", 2)
     pretrain_updates: int = flag(800, "pretraining: updates; 0: --model is fine-tuned already", 0)
-    pretrain_batch_size: int = flag(128, "pretraining: examples an update", 1)
+    pretrain_batch_size: int = flag(128, "pretraining: examples per update", 1)
     pretrain_learning_rate: float = flag(2e-3, "pretraining: peak learning rate", 0, 1)
     reward_updates: int = flag(300, "updates of a reward model trained here", 1)
     average_after: int = flag(0, "mixtures of start and end to evaluate, after training", 0)
@@ -401,7 +410,7 @@ class Config:
     load_in_8bit: bool = flag(False, "the frozen weights, by bitsandbytes")
     save_merged: bool = flag(False, "beside the adapter, the model with the adapter merged into it")
     allow_code_execution: bool = flag(False, "run programs that a model has written, in the sandbox")
-    program_samples: int = flag(1, "programs a problem; with more, pass@k too", 1)
+    program_samples: int = flag(1, "programs per problem; with more, pass@k too", 1)
     program_length: int = flag(72, "longest program, in tokens", 1)
     program_temperature: float = flag(1.0, "sampling temperature of programs", 0, 100)
     program_top_p: float = flag(1.0, "probability mass that programs are sampled from", 0.01, 1)
@@ -418,6 +427,8 @@ class Config:
             raise ValueError(
                 "kl_target adapts kl_coef, but kl_coef is 0; give it a value to begin with, such as 0.05"
             )
+        if self.method in ("ppo-kl", "ema-reference", "reset-reference") and not self.kl_coef:
+            raise ValueError(f"method {self.method} is a KL penalty, but kl_coef is 0; try --kl_coef 0.05")
         if self.mini_batch_size > self.batch_size:
             expected = f"batch_size ({self.batch_size}) or less"
             raise ValueError(f"mini_batch_size is {self.mini_batch_size}; expected {expected}")
@@ -438,17 +449,18 @@ def check_value(f, value):
         raise ValueError(f"{f.name} is {value}; expected {expected}")
 
 
+NO_KL = dict(kl_coef=0.0, kl_target=0.0)
 METHODS = {  # what each sets; a preset may add to it ("mini/ppo-kl"), flags win over both
     "elastic-reset": dict(reset="elastic"),
-    "ppo": dict(reset="none", kl_coef=0.0),
-    "ppo-kl": dict(reset="none"),
-    "reinforce": dict(reset="none", kl_coef=0.0, num_ppo_epochs=1, mini_batch_size=0, vf_coef=0.0, lam=1.0),
+    "ppo": dict(reset="none", **NO_KL),
+    "ppo-kl": dict(reset="none", kl_reference="init"),
+    "reinforce": dict(reset="none", **NO_KL, num_ppo_epochs=1, mini_batch_size=0, vf_coef=0.0, lam=1.0),
     "fixed-sender": dict(reset="none", num_ppo_epochs=0),
     "reset-init": dict(reset="init"),
     "reset-ema": dict(reset="ema"),
     "ema-reference": dict(reset="none", kl_reference="ema"),  # WARP's first stage, EMA-PG
     "reset-reference": dict(reset="none", kl_reference="reset"),  # TR-DPO, ProRL
-    "average-after": dict(reset="none", kl_coef=0.0, average_after=9),  # WARP's last stage
+    "average-after": dict(reset="none", **NO_KL, average_after=9),  # WARP's last stage
 }
 
 
@@ -465,7 +477,7 @@ def configure(task="custom", method="elastic-reset", preset="mini", **given) -> 
 
 
 # ================================================= 2. PPO ==================================================
-# Shapes: `batch` prompts of `prompt` tokens, each answered by a response of `response` tokens. Behind its EOS
+# Shapes: `batch` prompts of `prompt` tokens, each answered by a response of `response` tokens. After its EOS
 # a response is padding; `mask` (batch, response) is True up to and including the EOS: nothing else counts.
 
 
@@ -475,8 +487,8 @@ def gather_logprobs(logits, tokens):
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """The reward of each token, (batch, response): minus the KL penalty and, at the last one, plus the score
-    (batch,) of the response."""
+    """The reward of each token, (batch, response): the KL penalty, negated, and at the last token also the
+    score (batch,) of the response."""
     # r_t = - kl_coef (log pi(a_t) - log pi_ref(a_t)) + score [t is last]
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.sum(1, keepdim=True) - 1
@@ -485,13 +497,14 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (arXiv 1506.02438, equation 16). Advantages and returns, both (batch,
-    response); the state behind the last token is worth 0."""
+    response); the state after the last token is worth 0."""
     advantages, advantage = torch.zeros_like(rewards), 0.0
     next_values = F.pad(values * mask, (0, 1))[:, 1:]
     # delta_t = r_t + gamma V_{t+1} - V_t;    A_t = delta_t + gamma lam A_{t+1}
     deltas = (rewards + gamma * next_values - values) * mask
     for t in reversed(range(rewards.shape[1])):
         advantages[:, t] = advantage = deltas[:, t] + gamma * lam * advantage
+    # R_t = A_t + V_t, what V_t is fitted to
     return advantages, (advantages + values) * mask
 
 
@@ -517,8 +530,8 @@ def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_val
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     policy_loss = -masked_mean(torch.min(ratio * advantages, clipped * advantages), mask)
     # L_value = 1/2 mean_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)
-    near = old["values"] + (new_values - old["values"]).clamp(-cliprange_value, cliprange_value)
-    errors = torch.max((new_values - old["returns"]).square(), (near - old["returns"]).square())
+    clipped_values = old["values"] + (new_values - old["values"]).clamp(-cliprange_value, cliprange_value)
+    errors = torch.max((new_values - old["returns"]).square(), (clipped_values - old["returns"]).square())
     value_loss = 0.5 * masked_mean(errors, mask)
     # L = L_policy + c_v L_value - c_e H
     entropy = masked_mean(entropy, mask)
@@ -531,7 +544,7 @@ def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_val
 
 class KLCoefficient:
     """kl_coef: fixed or, with a target, adaptive (arXiv 1909.08593, section 2.2): moved so that the KL, in
-    nats a response, comes to `target` within some `horizon` responses."""
+    nats per response, comes to `target` within some `horizon` responses."""
 
     def __init__(self, value, target=0.0, horizon=10_000):
         self.value, self.target, self.horizon = value, target, horizon
@@ -561,14 +574,15 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def value(self):
-        """What the value learning rate is for."""
+    def value_parts(self):
+        """What the value learning rate is for: the head and, if there is one, the value model."""
         return nn.ModuleList([m for m in (self.value_head, self.value_model) if m is not None])
 
     def forward(self, input_ids, attention_mask, responses):
         """Logits at the sampling temperature, (batch, response, vocab), and values, (batch, response)."""
         logits, hidden = response_logits(self.policy, input_ids, attention_mask, responses)
-        logits[:, : self.policy.generation_config.min_new_tokens or 0, _eos(self.policy)] = -1e9
+        shortest = self.policy.generation_config.min_new_tokens or 0
+        logits[:, :shortest, _eos(self.policy)] = -1e9  # as in sample(): no EOS so early
         if self.value_model is not None:
             _, hidden = response_logits(self.value_model, input_ids, attention_mask, responses)
         return logits / self.temperature, self.value_head(hidden.float()).squeeze(-1)
@@ -600,8 +614,8 @@ def reference_logprobs(model, weights, batch):
 @torch.no_grad()
 def sample(policy, prompts, response_length, temperature=1.0, top_p=1.0, min_response_length=None):
     """Tokens from the policy's own distribution (for RL no top-p), the likeliest ones at temperature 0.
-    `prompts`: input_ids, attention_mask (batch, prompt). `min_response_length`: sample_plainly's, if not
-    given. Returns responses and mask, (batch, response)."""
+    `prompts`: input_ids, attention_mask (batch, prompt). `min_response_length`: if not
+    given, set_plain_generation's. Returns responses and mask, (batch, response)."""
     from transformers import GenerationConfig
 
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=top_p) if temperature else {}
@@ -638,7 +652,7 @@ def response_logits(policy, input_ids, attention_mask, responses):
     output = policy(**inputs, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
     hidden = output.decoder_hidden_states if policy.config.is_encoder_decoder else output.hidden_states
     logits = output.logits[:, -responses.shape[1] :].float()
-    for token in _never(policy):  # as in sample()
+    for token in _never(policy):  # as in sample(): no padding
         logits[..., token] = -1e9
     return logits, hidden[-1][:, -responses.shape[1] :]
 
@@ -676,7 +690,7 @@ class Task(Protocol):
         """The prompts of an update. A function of its arguments: a resumed run must see the same data."""
 
     def reward(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """One finite number a response."""
+        """One finite number per response."""
 
     def evaluate(self, responses: list[str]) -> dict:
         """Metrics of the policy as it is, numbers all: `reward`, `drift`, others. `responses`: one sampled
@@ -687,8 +701,8 @@ class Task(Protocol):
 class TranslationGame:
     """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The sender, our policy, turns French into
     English, the receiver that English into German. The sender's reward is the receiver's mean log-likelihood
-    a token of the German reference; the receiver learns that German by cross-entropy. Nobody checks the
-    English, so it drifts: `drift` is the human English's negative log-likelihood a token under the sender."""
+    per token of the German reference; the receiver learns that German by cross-entropy. Nobody checks the
+    English, so it drifts: `drift` is the human English's negative log-likelihood per token."""
 
     iwslt = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-{}-en/train/*.parquet"
     presets = {
@@ -706,6 +720,8 @@ class TranslationGame:
             ema_decay=0.995, reset_every=1000, eval_every=200, save_every=200, eval_size=1014,
         ),
         "paper/ppo-kl": dict(kl_coef=0.05),
+        "paper/ema-reference": dict(kl_coef=0.05),
+        "paper/reset-reference": dict(kl_coef=0.05),
     }  # fmt: skip
 
     def __init__(self, config: Config):
@@ -806,7 +822,7 @@ class MockSentiment:
         held_out = data["validation"][: config.eval_size]
         self.cuts = [self._cut(text) for text, _ in data["train"]]
         self.validation_prompts = [self._cut(text) for text, _ in held_out]
-        self.footnote = self._held_out(held_out)
+        self.footnote = self._footnote(held_out)
 
     def _cut(self, text):
         tokens = self.tokenizer(text, truncation=True, max_length=self.config.prompt_length)["input_ids"]
@@ -839,7 +855,7 @@ class MockSentiment:
         )
 
     @torch.no_grad()
-    def _held_out(self, rows):
+    def _footnote(self, rows):
         """How good what was trained from scratch is, on held-out reviews."""
         texts, labels = zip(*rows, strict=True)
         logits = [class_logits(*self.reward_model, list(t), self.config.max_length) for (t,) in chunks(texts)]
@@ -889,13 +905,14 @@ class TechnicalQA:
 
     def __init__(self, config: Config):
         data = qa_data(config)
-        (_, sft), (_, reward) = self.stages(config, data)
+        (_, sft_model), (_, reward_model) = self.stages(config, data)
         self.config, self.program_of = config, data["program_of"]
         self.problems = data["problems"][: config.eval_size]
         longest = config.prompt_length + config.response_length
-        base, self.tokenizer = load_model("policy", sft, "CausalLM", config, longest)
+        base, self.tokenizer = load_model("policy", sft_model, "CausalLM", config, longest)
         self.policy = lora(base, "CAUSAL_LM", config, config.seed)
-        self.reward_model = load_model("reward model", reward, "SequenceClassification", config, num_labels=1)
+        kind = "SequenceClassification"
+        self.reward_model = load_model("reward model", reward_model, kind, config, num_labels=1)
         self.longest = min(2 * config.max_length, self.reward_model[0].config.max_position_embeddings)
         self.questions = [question for question in data["questions"] if self._fits(question)]
         held_out = [pair for pair in data["validation"] if self._fits(pair[0])][: config.eval_size]
@@ -938,7 +955,7 @@ class TechnicalQA:
         )
 
     def _passed(self):
-        """pass_at_1 and, of more samples a problem, pass_at_10 and the like."""
+        """pass_at_1 and, of more samples per problem, pass_at_10 and the like."""
         n, config, programs = self.config.program_samples, self.config, []
         prompts = [problem["prompt"] for problem in self.problems for _ in range(n)]
         how = (config.program_length, config.program_temperature, config.program_top_p)
@@ -984,7 +1001,9 @@ def train(config: Config, task: Task | None = None) -> dict:
     reference = kl_reference(elastic, config)
     kl_coef = KLCoefficient(config.kl_coef, config.kl_target, config.kl_horizon)
     parts = dict(model=model, optimizer=optimizer, elastic=elastic, kl_coef=kl_coef) | task.trained
-    run.resume(parts | dict(reference=reference) if config.kl_reference == "reset" else parts)
+    if config.kl_reference == "reset":  # the others are elastic's
+        parts["reference"] = reference
+    run.resume(parts)
     if not run.history:
         run.log(0, evaluate(task, model, elastic, config))
 
@@ -1000,6 +1019,9 @@ def train(config: Config, task: Task | None = None) -> dict:
             logprobs, values, _ = logprobs_and_values(model, batch)  # (batch, response)
         ref_logprobs = reference_logprobs(model, elastic.by_name(reference), batch)
         rewards = shape_rewards(scores, logprobs, ref_logprobs, batch["mask"], kl_coef.value)
+        train_kl = (logprobs - ref_logprobs).sum(1).mean().item()
+        stats = mean_over_processes(dict(train_reward=scores.mean().item(), train_kl=train_kl), accelerator)
+        stats |= dict(kl_coef=kl_coef.value)
 
         # 3. Advantages
         advantages, returns = gae(rewards, values, batch["mask"], config.gamma, config.lam)
@@ -1008,28 +1030,25 @@ def train(config: Config, task: Task | None = None) -> dict:
         batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
 
         # 4. PPO epochs over minibatches
-        train_kl = (logprobs - ref_logprobs).sum(1).mean().item()
-        stats = mean_over_processes(dict(train_reward=scores.mean().item(), train_kl=train_kl), accelerator)
-        stats |= dict(kl_coef=kl_coef.value)
         for _epoch in range(config.num_ppo_epochs):
             for mb in minibatches(batch, config, accelerator):
-                mb_stats = ppo_gradient(model, mb, config, accelerator)
+                mb_stats = ppo_backward(model, mb, config, accelerator)  # leaves a gradient in each p.grad
                 mb_stats |= optimizer_step(accelerator, model, optimizer, config.max_grad_norm)
-                stats |= mean_over_processes(mb_stats, accelerator)
+                stats |= mean_over_processes(mb_stats, accelerator)  # the last minibatch's stay
                 run.check_finite(**stats)
-                average(elastic, "minibatch", config)
-            average(elastic, "epoch", config)
+                update_ema(elastic, "minibatch", config)
+            update_ema(elastic, "epoch", config)
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         kl_coef.adapt(stats["train_kl"], config.batch_size)
-        if hasattr(task, "learn"):
+        if hasattr(task, "learn"):  # in translation, the receiver
             stats |= mean_over_processes(task.learn(prompts, texts) or {}, accelerator)
             run.check_finite(**stats)
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
-        average(elastic, "update", config)
+        update_ema(elastic, "update", config)
 
-        # 6. Reset: policy <- EMA, EMA <- start
+        # 6. Reset: policy <- EMA, EMA <- start. With 5. this is elastic.step(), but for a look on either side
         due = update % config.reset_every == 0
         resets = due and config.reset != "none"
         if resets:
@@ -1050,11 +1069,11 @@ def train(config: Config, task: Task | None = None) -> dict:
 def actor_critic(policy, config, accelerator):
     """The policy with its value function, and the optimizer of both."""
     policy.eval()  # no dropout: the ratio of a policy to itself must be 1
-    sample_plainly(policy, config.min_response_length)
+    set_plain_generation(policy, config.min_response_length)
     model = ActorCritic(policy, config.temperature, config.separate_value_model)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     rates = [config.learning_rate, config.value_learning_rate or config.learning_rate]
-    groups = zip([model.policy, model.value()], rates, strict=True)
+    groups = zip([model.policy, model.value_parts()], rates, strict=True)
     return model, accelerator.prepare_optimizer(adamw(*groups))
 
 
@@ -1099,7 +1118,7 @@ def minibatches(batch, config, accelerator):
         yield {name: tensor[rows] for name, tensor in batch.items()}
 
 
-def ppo_gradient(model, minibatch, config, accelerator):
+def ppo_backward(model, minibatch, config, accelerator):
     """The gradient of ppo_loss's mean over the tokens of a minibatch, of all processes, in
     `gradient_accumulation_steps` parts. Returns the numbers to watch."""
     names = ("cliprange", "cliprange_value", "vf_coef", "entropy_coef")
@@ -1108,27 +1127,24 @@ def ppo_gradient(model, minibatch, config, accelerator):
     for rows in torch.arange(len(minibatch["mask"])).chunk(config.gradient_accumulation_steps):
         part = {name: tensor[rows] for name, tensor in minibatch.items()}
         share = part["mask"].sum() / tokens
-        loss, stats = ppo_loss(*logprobs_and_values(model, part), part, **settings)
+        new_logprobs, new_values, entropy = logprobs_and_values(model, part)
+        loss, stats = ppo_loss(new_logprobs, new_values, entropy, part, **settings)
         accelerator.backward(loss * share)
         for name, value in stats.items():
             watched[name] = watched.get(name, 0.0) + value * share.item()
     return watched
 
 
-def average(elastic, moment, config):
-    if config.ema_update == moment:
+def update_ema(elastic, after, config):
+    """elastic.update(), if `config.ema_update` wants it here: after each update, epoch or minibatch."""
+    if config.ema_update == after:
         elastic.update()
 
 
 def adamw(*groups):
-    """AdamW without weight decay for (module, learning rate) pairs; what a module shares with an earlier one
-    stays there."""
-    seen, settings = set(), []
-    for module, learning_rate in groups:
-        parameters = [p for p in module.parameters() if p.requires_grad and p not in seen]
-        seen.update(parameters)
-        settings.append(dict(params=parameters, lr=learning_rate))
-    return torch.optim.AdamW(settings, weight_decay=0.0)
+    """AdamW without weight decay, for (module, learning rate) pairs."""
+    groups = [dict(params=[p for p in m.parameters() if p.requires_grad], lr=lr) for m, lr in groups]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def tracking(config):
@@ -1140,10 +1156,10 @@ def tracking(config):
     return dict(log_with=config.report_to, project_dir=str(folder_of(config)))
 
 
-def sample_plainly(policy, min_response_length=0):
-    """Drops a model's own ways of generating (beams, forced tokens, penalties): a policy is its distribution,
-    of which an EOS before `min_response_length` is no part. ValueError if a token that sampling needs is not
-    named."""
+def set_plain_generation(policy, min_response_length=0):
+    """Drops a model's own ways of generating (beams, forced tokens, penalties), so that it samples from its
+    own distribution, of which an EOS before `min_response_length` is no part. ValueError if a token that
+    sampling needs is not named."""
     from transformers import GenerationConfig
 
     needed = ["pad_token_id", "eos_token_id"]
@@ -1176,7 +1192,7 @@ def optimizer_step(accelerator, module, optimizer, max_grad_norm):
 
 @torch.no_grad()
 def evaluate(task, model, elastic, config):
-    """The task's metrics and `kl`, the policy's KL to the start in nats a response; always the same seed."""
+    """The task's metrics and `kl`, the KL to the start in nats per response; always the same seed."""
     from accelerate.utils import set_seed
 
     set_seed(0)
@@ -1262,19 +1278,26 @@ def commit():
 
 
 def tradeoff(histories):
-    """{"start", "range", "methods": {label: {reward, drift, area, passed}}}, each a list of a value a seed.
+    """{"start", "range", "methods": {label: {reward, drift, area, passed}}}, each a list, a value per seed.
 
     The range goes from the lowest drift of any run to 1.5 times the start's. area: the best reward at a drift
-    of at most d, less the start's, averaged over d in the range. passed: the first update drifting beyond."""
-    lines = [line for runs in histories.values() for history in runs.values() for line in history]
+    of at most d, less the start's, averaged over d in the range; of the evaluations at the updates that all
+    runs evaluated, after a reset if there was one, since more looks would find more. passed: the first update
+    drifting beyond."""
+    all_runs = [history for runs in histories.values() for history in runs.values()]
+    lines = [line for history in all_runs for line in history]
     low, high = min(line["drift"] for line in lines), 1.5 * lines[0]["drift"]
+    shared = set.intersection(*({line["update"] for line in history} for history in all_runs))
     methods = {}
     for label, runs in histories.items():
+        looks = [
+            [e for e in h if e["update"] in shared and e["event"] != "before reset"] for h in runs.values()
+        ]
         ends = [during_training(history)[-1] for history in runs.values()]
         methods[label] = dict(
             reward=[end["reward"] for end in ends],
             drift=[end["drift"] for end in ends],
-            area=[area_under_front(history, low, high) for history in runs.values()],
+            area=[area_under_front(history, low, high) for history in looks],
             passed=[next((e["update"] for e in h if e["drift"] > high), None) for h in runs.values()],
         )
     return dict(start=lines[0], range=[low, high], methods=methods)
@@ -1301,11 +1324,7 @@ def mean_and_error(values):
 
 
 def summary_text(record):
-    """summary.md: a row a method, mean +- standard error over the seeds; differences are paired by seed."""
-
-    def cell(values):
-        return "{:.4g} +- {:.2g}".format(*mean_and_error(values))
-
+    """summary.md: a row per method, mean +- standard error over the seeds; differences are paired by seed."""
     start, (low, high) = record["summary"]["start"], record["summary"]["range"]
     methods = record["summary"]["methods"]
     first = next(iter(methods))
@@ -1324,7 +1343,23 @@ def summary_text(record):
         f"of at most d, less the start's, averaged over d from {low:.3g} to {high:.3g}. Last: by seed."
     )
     source = f"`{' '.join(record['command'])}`, commit {record['commit']}, torch {record['torch']}"
-    return "\n".join([about, "", *rows, "", source, ""])
+    return "\n".join([about, "", *rows, "", *other_metrics(record), "", source, ""])
+
+
+def other_metrics(record):
+    """The table of what else the task measures, at the start and at the runs' ends."""
+    start, known = record["summary"]["start"], ("update", "event", "reward", "drift", "seconds")
+    names = [name for name in start if name not in known]
+    rows = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    rows.append(" | ".join(["| start", *(f"{start[name]:.4g}" for name in names)]) + " |")
+    for label, runs in record["runs"].items():
+        ends = [during_training(history)[-1] for history in runs.values()]
+        rows.append(" | ".join(["| " + label, *(cell([end[name] for end in ends]) for name in names)]) + " |")
+    return rows
+
+
+def cell(values):
+    return "{:.4g} +- {:.2g}".format(*mean_and_error(values))
 
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777"]
@@ -1336,49 +1371,58 @@ STYLES = [  # colours that the colour-blind tell apart; in grey lines and marker
 
 def plot_tradeoff(histories, path):
     """Left: reward against drift, at the runs' ends and on the way there. Right: drift over the updates, with
-    the saw-tooth of the resets. Means over the seeds with standard errors."""
+    the saw-tooth of the resets. Means over the seeds with standard errors, of the logarithm where the axis is
+    logarithmic."""
     from matplotlib.figure import Figure
 
     figure, seen, names = Figure(figsize=(11, 5), layout="constrained"), [], []
     plane, over_time = figure.subplots(1, 2)
+    drifts = [e["drift"] for runs in histories.values() for h in runs.values() for e in during_training(h)]
+    logarithmic = max(drifts) > 20 * min(drifts) > 0
+    if logarithmic:
+        plane.set_xscale("log")
+        over_time.set_yscale("log")
     for (label, runs), style in zip(histories.items(), itertools.cycle(STYLES), strict=False):
         updates = [line["update"] for line in during_training(common_evaluations(runs)[0])]
-        drift, drift_error = seed_means(runs, "drift")
-        reward, reward_error = seed_means(runs, "reward")
+        drift, *drift_band = seed_means(runs, "drift", logarithmic)
+        reward, *reward_band = seed_means(runs, "reward")
         end, seen = len(updates) - 1, [*seen, *reward[1:]]
         plane.plot(drift[1:], reward[1:], **style, linewidth=0.8, markersize=2.5, alpha=0.6)
         mark = style | dict(linestyle="", markersize=9, capsize=3, label=label)
-        plane.errorbar(drift[end], reward[end], reward_error[end], drift_error[end], **mark)
-        band = [
-            [m + sign * e for m, e in zip(drift, drift_error, strict=True)][: end + 1] for sign in (-1, 1)
+        bars = [
+            [[abs(edge[end] - mean[end])] for edge in band]
+            for mean, band in ((reward, reward_band), (drift, drift_band))
         ]
+        plane.errorbar(drift[end], reward[end], *bars, **mark)
+        band = [edge[: end + 1] for edge in drift_band]
         over_time.plot(updates, drift[: end + 1], **style, linewidth=1.2, markersize=3)
         over_time.fill_between(updates, *band, color=style["color"], alpha=0.15, linewidth=0)
         names.append((drift[end], label, style["color"]))
     edge = min(seen) - 0.1 * (max(seen) - min(seen))  # where a start far below is put
     plane.plot(drift[0], max(reward[0], edge), "k*", markersize=14)
-    text = f"start, reward {reward[0]:.3g}"
+    text = "start" if reward[0] >= edge else f"start, below: {reward[0]:.3g}"
     plane.annotate(text, (drift[0], max(reward[0], edge)), (10, -4), textcoords="offset points")
-    drifts = [e["drift"] for runs in histories.values() for h in runs.values() for e in during_training(h)]
-    if max(drifts) > 20 * min(drifts) > 0:
-        plane.set_xscale("log")
-        over_time.set_yscale("log")
     over_time.set_xlim(right=updates[-1] * 1.3)
     to_axes, height = over_time.transData + over_time.transAxes.inverted(), -math.inf
     place = dict(va="center", transform=over_time.get_xaxis_transform())
     for y, label, color in sorted(names):  # names stand at the ends of their lines, one above the other
         height = max(to_axes.transform((0, y))[1], height + 0.045)
         over_time.text(updates[-1] * 1.02, height, label, color=color, **place)
-    plane.set(xlabel="drift", ylabel="reward", title="trade-off; large marks: the ends")
-    over_time.set(xlabel="update", ylabel="drift", title=f"drift, {len(runs)} seeds")
+    lower, title = "drift (lower is better)", f"means over {len(runs)} seeds; "
+    ends = title + "large: the ends, with standard errors"
+    plane.set(xlabel=lower, ylabel="reward (higher is better)", title=ends)
+    over_time.set(xlabel="update", ylabel=lower, title=title + "bands: standard errors")
+    over_time.set_xticks([t for t in over_time.get_xticks() if 0 <= t <= updates[-1]])
     plane.legend(fontsize="small")
     figure.savefig(path, format="png", dpi=150)
 
 
-def seed_means(runs, name):
-    """Means and standard errors over the seeds of each evaluation's metric."""
+def seed_means(runs, name, logarithmic=False):
+    """Of each evaluation's metric the mean over the seeds, and that less and plus one standard error."""
+    to, back = (math.log, math.exp) if logarithmic else (float, float)
     evaluations = zip(*common_evaluations(runs), strict=True)
-    return list(zip(*[mean_and_error([e[name] for e in seeds]) for seeds in evaluations], strict=True))
+    pairs = [mean_and_error([to(e[name]) for e in seeds]) for seeds in evaluations]
+    return [[back(mean + sign * error) for mean, error in pairs] for sign in (0, -1, 1)]
 
 
 def common_evaluations(runs):
@@ -1487,7 +1531,8 @@ class Run:
         self.samples.append(dict(update=update, event=event, rows=metrics.get("samples", [])))
         self.write_metrics()
         if self.config.report_to != "none":
-            self.accelerator.log(numbers, step=update)
+            prefix = "" if event in ("", "after reset") else event + "/"  # one step may have several
+            self.accelerator.log({prefix + name: value for name, value in numbers.items()}, step=update)
         if self.bar is not None:
             shown = {"reward": ".3f", "drift": ".3f", "kl": ".1f"}
             text = ", ".join(f"{name} {metrics[name]:{digits}}" for name, digits in shown.items())
@@ -1830,7 +1875,7 @@ def load_model(role, name, kind, config, longest=0, new_head=False, **settings):
         tokenizer.padding_side = "left"  # decoders are prompted from there
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        sample_plainly(model)
+        set_plain_generation(model)
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     if positions < longest:
         lower = "lower max_length, prompt_length or response_length"

@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT
 
 import elastic_reset
-from elastic_reset import METHODS, configure, main, parse_flags, split_of, to_argv
+from elastic_reset import METHODS, TASKS, configure, main, parse_flags, split_of, to_argv
+
+RESETTING = ("elastic-reset", "reset-init", "reset-ema")
 
 
 def error_of(argv, capsys):
@@ -162,6 +164,23 @@ def test_layers_of_settings(tmp_path):
     path.write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="unrecognized arguments: --learning_rat"):
         parse_flags(["--config", str(path)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", ["mini", "paper"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_method_is_itself_in_every_preset(task, preset, method):
+    config = configure(task, method, preset)
+    has_penalty = method in ("ppo-kl", "ema-reference", "reset-reference")
+    assert config.kl_coef > 0 if has_penalty else (config.kl_coef == 0 or method in (*RESETTING, "fixed-sender"))
+    references = {"ppo-kl": "init", "ema-reference": "ema", "reset-reference": "reset"}
+    assert config.kl_reference == references.get(method, config.kl_reference)
+    assert (config.reset != "none") == (method in RESETTING)
+
+
+def test_a_kl_method_needs_a_coefficient():
+    with pytest.raises(ValueError, match="kl_coef is 0; try --kl_coef 0.05"):
+        configure("custom", "ppo-kl")
 
 
 def test_flags_survive_the_way_to_another_process():

@@ -19,7 +19,7 @@ from elastic_reset import (
     reference_logprobs,
     response_logits,
     sample,
-    sample_plainly,
+    set_plain_generation,
     shape_rewards,
     whiten,
 )
@@ -108,7 +108,7 @@ def test_sampling_follows_the_scored_distribution(policy):
 @pytest.mark.parametrize("shortest", [3, 8])
 def test_no_eos_before_the_shortest_response(policy, shortest):
     """What may not be sampled has probability 0, and the rest of the distribution is that sampled from."""
-    sample_plainly(policy, shortest)
+    set_plain_generation(policy, shortest)
     with torch.no_grad():
         policy.get_output_embeddings().weight[1] += 1.0  # EOS becomes frequent
         prompts = prompts_for(policy, 400)

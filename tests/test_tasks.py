@@ -83,7 +83,7 @@ def test_ppo_moves_the_reward(small):
 def test_continuations_have_a_fixed_length(tmp_path):
     settings = SMALL | dict(task="imdb", output_dir=str(tmp_path))
     task = MockSentiment(configure(**settings))
-    elastic_reset.sample_plainly(task.policy, 32)
+    elastic_reset.set_plain_generation(task.policy, 32)
     batch, texts = elastic_reset.respond(task, task.validation_prompts, configure(**settings))
     assert batch["mask"].all() and batch["mask"].shape == (8, 32)
     assert all(len(prompt.split()) == 10 for prompt in task.validation_prompts)
@@ -300,7 +300,7 @@ def test_three_stages_with_a_model_from_a_folder(stack, tmp_path):
 
 def test_reference_is_the_model_with_its_adapter_off(stack):
     task = TechnicalQA(configure(**stack))
-    elastic_reset.sample_plainly(task.policy)
+    elastic_reset.set_plain_generation(task.policy)
     model = elastic_reset.ActorCritic(task.policy)
     elastic = elastic_reset.ElasticReset(task.policy)
     with torch.no_grad():

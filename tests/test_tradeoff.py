@@ -1,6 +1,7 @@
 """Room 5: comparing methods."""
 
 import json
+import math
 
 import pytest
 from conftest import TINY
@@ -65,7 +66,17 @@ def test_means_over_common_evaluations():
         0: history((1, 0), (2, 4), (5, 5)),
         1: [*history((1, 2)), dict(update=2, event="", drift=7, reward=9)],
     }
-    assert seed_means(runs, "reward") == [(1, 7), (1, 2)]
+    assert seed_means(runs, "reward") == [[1, 7], [0, 5], [2, 9]]
+    assert seed_means(runs, "drift", logarithmic=True)[0] == pytest.approx([1, math.sqrt(5 * 7)])
+
+
+def test_more_looks_do_not_make_a_larger_area():
+    """Of a reset's two sides only the second counts, and only updates that every run evaluated."""
+    seldom = history((1, 0), (1, 3))
+    often = [seldom[0], dict(seldom[1], event="before reset", reward=9), seldom[1]]
+    often.append(dict(update=5, event="", drift=0.9, reward=7))
+    methods = tradeoff({"seldom": {0: seldom}, "often": {0: often}})["methods"]
+    assert methods["often"]["area"] == methods["seldom"]["area"] != [0]
 
 
 def test_a_run_that_fails_is_named(tmp_path, capsys):

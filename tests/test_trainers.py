@@ -1,7 +1,10 @@
 """ElasticResetCallback in other people's trainers: transformers' own and TRL's GRPO, RLOO and DPO."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -50,6 +53,14 @@ def test_optimizer_steps_are_counted(model, tmp_path):
     trained(model, tmp_path / "run", callback, gradient_accumulation_steps=2).train()
     assert (callback.elastic.updates, callback.elastic.resets) == (6, 2)
     assert all(torch.equal(ema, p) for ema, p in zip(callback.elastic.ema, start, strict=True))
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_weights_kept_elsewhere_are_refused(model, tmp_path, kind, monkeypatch):
+    trainer = trained(model, tmp_path / "run", ElasticResetCallback())
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: SimpleNamespace(distributed_type=kind))
+    with pytest.raises(ValueError, match="not DeepSpeed or FSDP"):
+        trainer.train()
 
 
 def test_the_same_as_a_loop_of_ones_own(model, tmp_path):

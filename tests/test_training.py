@@ -213,11 +213,23 @@ def test_second_run_does_not_overwrite_the_first(tiny):
     assert longer["end"]["update"] == 6
 
 
+def test_trackers_get_both_sides_of_a_reset(tiny, monkeypatch):
+    """A tracker keeps one value per name and step."""
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, numbers, step: logged.append((step, numbers)))
+    monkeypatch.setattr(elastic_reset, "tracking", lambda config: {})
+    history = train(configure(**tiny | dict(report_to="tensorboard", reset_every=2)))["history"]
+    kept = {(step, name): value for step, numbers in logged for name, value in numbers.items()}
+    for line in history:
+        name = "before reset/reward" if line["event"] == "before reset" else "reward"
+        assert kept[line["update"], name] == line["reward"]
+
+
 @pytest.mark.parametrize("quantity", ["reward", "loss", "gradient", "receiver_loss"])
 def test_not_finite(tiny, tmp_path, quantity, monkeypatch):
     where, name, value = {
         "reward": (TranslationGame, "reward", lambda self, prompts, responses: [float("nan")] * len(prompts)),
-        "loss": (elastic_reset, "ppo_gradient", lambda *args: dict(loss=float("inf"))),
+        "loss": (elastic_reset, "ppo_backward", lambda *args: dict(loss=float("inf"))),
         "gradient": (elastic_reset, "optimizer_step", lambda *args: dict(gradient=float("inf"))),
         "receiver_loss": (TranslationGame, "learn", lambda *args: dict(receiver_loss=float("inf"))),
     }[quantity]
@@ -310,7 +322,7 @@ def test_two_processes(tiny, tmp_path):
 
 def test_gradients_are_averaged_over_processes(tmp_path):
     """optimizer_step() on two processes with losses 1 x and 3 x moves both by the mean gradient, 2; whiten()
-    and ppo_gradient() count the tokens of both."""
+    and ppo_backward() count the tokens of both."""
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
