@@ -171,8 +171,10 @@ def test_layers_of_settings(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_method_is_itself_in_every_preset(task, preset, method):
     config = configure(task, method, preset)
-    has_penalty = method in ("ppo-kl", "ema-reference", "reset-reference")
-    assert config.kl_coef > 0 if has_penalty else (config.kl_coef == 0 or method in (*RESETTING, "fixed-sender"))
+    if method in ("ppo-kl", "ema-reference", "reset-reference"):
+        assert config.kl_coef > 0
+    elif method not in (*RESETTING, "fixed-sender"):
+        assert config.kl_coef == 0
     references = {"ppo-kl": "init", "ema-reference": "ema", "reset-reference": "reset"}
     assert config.kl_reference == references.get(method, config.kl_reference)
     assert (config.reset != "none") == (method in RESETTING)
