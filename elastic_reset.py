@@ -96,7 +96,7 @@ class ElasticReset:
     float32 (float64 for float64): a bfloat16 average with decay 0.995 would be rounded back to where it was.
 
     `backend` is "rust" if all parameters are plain CPU tensors and the extension `ema_kernel` is built; they,
-    `ema` and `init` are then views of three flat buffers per dtype, which the kernel reads once. Otherwise
+    `ema` and `init` are then views of three flat buffers per dtype, each passed over once. Otherwise
     it is "foreach", torch's operations on lists. DTensors (FSDP2) are averaged shard by shard, without
     communication.
 
@@ -112,7 +112,7 @@ class ElasticReset:
         if reset not in RESET_RULES:
             raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
         self.decay, self.reset_every, self.rule = decay, int(reset_every), reset
-        self.names, self.params, self._owners = _trainable(model)
+        self.names, self.params, self._modules, self._leaves = _trainable(model)
         self.init = [_average_like(p, _local(p)).clone() for p in self.params]
         self.ema = [i.clone() for i in self.init]
         self.updates = self.resets = 0
@@ -138,7 +138,10 @@ class ElasticReset:
         self.updates += 1
         if self._flat:
             for policy, ema, _ in self._flat:
-                ema_kernel.update(_numpy(ema), _numpy(policy), self.decay, torch.get_num_threads())
+                if policy.dtype == ema.dtype:
+                    ema.lerp_(policy, 1 - self.decay)  # as fused as ours, and torch's threads are awake
+                else:
+                    ema_kernel.update(_numpy(ema), _numpy(policy), self.decay, torch.get_num_threads())
             return
         policy = [_average_like(p, _local(p)) for p in self.params]
         torch._foreach_lerp_(self.ema, policy, 1 - self.decay)
@@ -221,7 +224,9 @@ class ElasticReset:
 
     def _follow(self) -> None:
         """`.to()`, `load_state_dict(assign=True)` and others move or replace parameters: attach again."""
-        self.params = [getattr(module, leaf) for module, leaf in self._owners] or self.params
+        if self._modules:
+            own = [module._parameters for module in self._modules]
+            self.params = list(map(dict.__getitem__, own, self._leaves))
         if self._places != _places(self.params):
             self._attach()
 
@@ -238,12 +243,14 @@ def _trainable(model):
     if not trainable:
         raise ValueError("no parameter has requires_grad=True, so there is nothing to average or reset")
     paths = [n.rpartition(".") for n in trainable.values()] if isinstance(model, nn.Module) else []
-    owners = [(model.get_submodule(path), leaf) for path, _, leaf in paths]
-    return list(trainable.values()), list(trainable), owners
+    modules = [model.get_submodule(path) for path, _, _ in paths]
+    return list(trainable.values()), list(trainable), modules, [leaf for _, _, leaf in paths]
 
 
 def _places(params):
-    return [(p.to_local() if hasattr(p, "to_local") else p).data_ptr() for p in params]  # no detach: quicker
+    if any(hasattr(kind, "to_local") for kind in set(map(type, params))):
+        return [_local(p).data_ptr() for p in params]
+    return list(map(torch.Tensor.data_ptr, params))
 
 
 def _local(p):
