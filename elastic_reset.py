@@ -35,6 +35,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -1709,8 +1710,8 @@ def progress(*iterable, **settings):
 
 
 def samples_text(samples):
-    """samples.md: what became of the same prompts, at the start, halfway and at the end. A column in which no
-    row ever changes stands above the table."""
+    """samples.md: what became of the same prompts, at the start, halfway and at the end; what the start did
+    not say in bold. A column in which no row ever changes stands above the table."""
     samples = during_training(samples)
     shown = [samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})]
     columns = list(shown[0]["rows"][0]) if shown[0]["rows"] else []
@@ -1730,10 +1731,19 @@ def samples_text(samples):
         if moving:
             parts += ["| update | " + " | ".join(moving) + " |", "|---" * (len(moving) + 1) + "|"]
         for s in shown if moving else []:
-            texts = [on_one_line(s["rows"][i][c]).replace("|", "\\|") for c in moving]
+            texts = [marked(s["rows"][i][c], row[c]).replace("|", "\\|") for c in moving]
             parts.append("| " + " | ".join([f"{s['update']} {s['event']}".strip(), *texts]) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def marked(text, before):
+    """Text on one line, the words that `before` does not have at their place in bold."""
+    same = difflib.SequenceMatcher(None, before.split(), text.split(), autojunk=False).get_matching_blocks()
+    kept = {block.b + i for block in same for i in range(block.size)}
+    number = itertools.count()
+    bold = re.sub(r"\S+", lambda m: m[0] if next(number) in kept else f"\0{m[0]}\0", text)
+    return on_one_line(bold.replace("\0 \0", " ").replace("\0", "**"))
 
 
 def on_one_line(text):

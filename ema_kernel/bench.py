@@ -14,6 +14,7 @@ skipped; models above half a billion parameters have three rounds.
 """
 
 import argparse
+import ctypes
 import gc
 import itertools
 import json
@@ -22,6 +23,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 
 import torch
@@ -237,8 +239,15 @@ def interleaved(competitors: dict, shapes, dtype, device: str, rounds: int) -> t
                 skipped[name] = str(error).strip().split("\n")[0]
                 del samples[name]
             step = None
-            gc.collect()
+            free_memory()
     return samples, skipped
+
+
+def free_memory() -> None:
+    """What glibc keeps of freed memory would look as if it were in use."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def compare(what: str, case: str, dtype: str, threads: int, device: str, rounds: int) -> tuple[list, dict]:
@@ -275,6 +284,32 @@ def growth(sizes: list[int], threads: int, rounds: int) -> list[dict]:
         seconds = statistics.median(times)
         rows.append({"parameters": size, "threads": threads, "seconds": seconds, "samples": times})
         print(f"  {size:>13,} parameters {seconds * 1e3:9.3f} ms {seconds / size * 1e9:6.3f} ns each")
+    return rows
+
+
+def loop(sizes: list[int], threads: int, rounds: int) -> list[dict]:
+    """An update where it really stands: between other work of torch, whose threads keep their cores busy."""
+    from ema_kernel import update
+
+    torch.set_num_threads(threads)
+    kernels = {
+        "lerp_ on flat buffers": lambda a, b: a.lerp_(b, 1 - DECAY),
+        "ema_kernel": lambda a, b: update(a.numpy(), b.numpy(), DECAY, threads),
+    }
+    rows, batch = [], torch.randn(512, 512)
+    for size in sizes:
+        ema, policy = (torch.full((size,), 0.5) for _ in range(2))
+        samples = {name: [] for name in kernels}
+        for name in random.Random(0).sample(list(kernels) * 10 * rounds, 20 * rounds):
+            batch = (batch @ batch).clamp(-1, 1)  # a forward and a backward pass
+            policy.add_(0.0)  # the optimizer's step
+            started = time.perf_counter()
+            kernels[name](ema, policy)
+            samples[name].append(time.perf_counter() - started)
+        for name, times in samples.items():
+            rows.append({"name": name, "parameters": size, "threads": threads})
+            rows[-1] |= {"seconds": statistics.median(times), "samples": times}
+            print(f"  {size:>13,} parameters {name:24} {rows[-1]['seconds'] * 1e3:9.3f} ms")
     return rows
 
 
@@ -346,10 +381,12 @@ def plot(report: dict, path: str) -> None:
         peers = [row for row in rows if not row["name"].startswith("limit")][::-1]
         colors = ["#0072b2" if row["name"] == "ElasticReset" else "#bbbbbb" for row in peers]
         speeds = [row["gigabytes_per_second"] for row in peers]
-        bars = axis.barh([row["name"] for row in peers], speeds, color=colors)
-        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
         limit = max(row["gigabytes_per_second"] for row in rows if row["name"].startswith("limit"))
         axis.axvline(limit, color="black", linestyle="--", linewidth=1)
+        bars = axis.barh([row["name"] for row in peers], speeds, color=colors)
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8, bbox=plain)
+        axis.set_xlim(0, 1.12 * max([*speeds, limit]))
         axis.set_title(f"{title}, {dtype} policy", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.set_xlabel("GB/s (dashed: memory limit)", fontsize=8)
@@ -395,12 +432,17 @@ def tables(args, report: dict) -> None:
 
 
 def measure(args) -> dict:
-    report = {"machine": machine(), "results": [], "skipped": {}}
+    from elastic_reset import commit
+
+    report = {"command": ["ema_kernel/bench.py", *sys.argv[1:]], "commit": commit()}
+    report |= {"machine": machine(), "results": [], "skipped": {}}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None))
     tables(args, report)
     threads = max(args.threads)
     print(f"\nElasticReset.update() as the model grows, float32, {threads} thread(s)")
     report["growth"] = growth([n for n in GROWTH if n <= args.largest], threads, args.rounds)
+    print(f"\nan update in a training loop, float32, {threads} thread(s)")
+    report["loop"] = loop([n for n in GROWTH[:4] if n <= args.largest], threads, args.rounds)
     if os.path.exists("/proc/self/clear_refs"):
         used = report["bytes_a_parameter"] = memory()
         print(f"\nbytes a parameter: {used['kept']:.2f} kept, {used['temporary']:.2f} for a moment")

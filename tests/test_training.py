@@ -384,6 +384,15 @@ def test_samples_show_what_changes(tiny, tmp_path):
     assert table == "## 1\n\n- a: x|y\n- b: same\n\n"
 
 
+def test_changed_words_are_bold():
+    marked = elastic_reset.marked
+    assert marked("the cat sits", "the cat sits") == "the cat sits"
+    assert marked("the small small cat sat", "the cat sits") == "the **small small** cat **sat**"
+    assert marked("def f():\n    return 2\n", "def f():\n    return 1") == "def f():<br>&emsp;return **2**"
+    assert marked("a ** b", "a ** c") == "a ** **b**"
+    assert marked("", "a b") == "" and marked("a  b", "") == "**a**  **b**"
+
+
 def test_duplicate_french_counts_once(tiny, monkeypatch):
     data = elastic_reset.toy_translations()
     data["train"] = [dict(fr="un chien", en="", de="ein Hund"), dict(fr="un chien", en="", de="eine Katze")]
