@@ -218,9 +218,10 @@ class ElasticReset:
         if ema_kernel and all(p.device.type == "cpu" and not hasattr(p, "to_local") for p in self.params):
             for dtype in dict.fromkeys(p.dtype for p in self.params):
                 index = [i for i, p in enumerate(self.params) if p.dtype == dtype]
-                self._flat.append([_flatten(tensors, index) for tensors in (policy, self.ema, self.init)])
-            for p, view in zip(self.params, policy, strict=True):
-                p.data = view
+                flat_policy = _flatten(policy, index)
+                for i in index:
+                    self.params[i].data = policy[i]  # now: it frees the memory that the others need
+                self._flat.append([flat_policy, _flatten(self.ema, index), _flatten(self.init, index)])
         self._places = _places(self.params)
 
     def _follow(self) -> None:

@@ -437,15 +437,15 @@ def measure(args) -> dict:
     report = {"command": ["ema_kernel/bench.py", *sys.argv[1:]], "commit": commit()}
     report |= {"machine": machine(), "results": [], "skipped": {}}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None))
+    if os.path.exists("/proc/self/clear_refs"):
+        used = report["bytes_a_parameter"] = memory()
+        print(f"\nbytes a parameter: {used['kept']:.2f} kept, {used['temporary']:.2f} for a moment")
     tables(args, report)
     threads = max(args.threads)
     print(f"\nElasticReset.update() as the model grows, float32, {threads} thread(s)")
     report["growth"] = growth([n for n in GROWTH if n <= args.largest], threads, args.rounds)
     print(f"\nan update in a training loop, float32, {threads} thread(s)")
     report["loop"] = loop([n for n in GROWTH[:4] if n <= args.largest], threads, args.rounds)
-    if os.path.exists("/proc/self/clear_refs"):
-        used = report["bytes_a_parameter"] = memory()
-        print(f"\nbytes a parameter: {used['kept']:.2f} kept, {used['temporary']:.2f} for a moment")
     return report
 
 
