@@ -282,28 +282,41 @@ class ElasticResetCallback:
     """Elastic Reset in transformers' Trainer and in those built on it, TRL's GRPO, RLOO, DPO and SFT:
     Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps,
     not micro-batches; of a PEFT model it averages and resets the adapter. Its averages lie in the checkpoints
-    as elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there. For one process or
-    DDP: DeepSpeed would undo a reset from weights of its own, and FSDP's shards would need a file each."""
+    as elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there. To resume from a
+    checkpoint elsewhere than in output_dir, name its folder as `checkpoint`. For one process or DDP: DeepSpeed
+    would undo a reset from weights of its own, and FSDP's shards would need a file each. `elastic`, the
+    ElasticReset, is there once train() has begun."""
 
-    def __init__(self, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
+    def __init__(self, decay=0.995, reset_every=17, reset="elastic", checkpoint=None):
         self.settings, self.elastic = dict(decay=decay, reset_every=reset_every, reset=reset), None
+        self.checkpoint = checkpoint
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Begins at the model's weights or, with steps done, where their checkpoint left off. ValueError if
-        that does not hold the averages, or under DeepSpeed or FSDP."""
+        that does not hold the averages of these weights, or for a trainer that would not keep them."""
         from accelerate.state import AcceleratorState
         from safetensors.torch import load_file
 
         if AcceleratorState().distributed_type in ("DEEPSPEED", "FSDP"):
             raise ValueError("ElasticResetCallback works on one process or with DDP, not DeepSpeed or FSDP")
+        if getattr(args, "enable_jit_checkpoint", False) or state.is_hyper_param_search:
+            raise ValueError(
+                "enable_jit_checkpoint and hyperparameter search save checkpoints without the averages"
+            )
         self.elastic = ElasticReset(model, **self.settings)
         if state.global_step:
-            path = self._file(args, state)
+            path = Path(self.checkpoint) / self.FILE if self.checkpoint else self._file(args, state)
             if not path.exists():
                 raise ValueError(
-                    f"{path} is missing: this run was not trained with ElasticResetCallback so far"
+                    f"{path} is missing: the checkpoint lies elsewhere (name it as `checkpoint`), was cut off "
+                    "while being saved, or was trained without ElasticResetCallback"
                 )
-            self.elastic.load_state_dict(load_file(path))
+            averages = load_file(path)
+            if not torch.allclose(averages.pop("sums"), self._sums(), rtol=1e-6, atol=1e-6):
+                raise ValueError(
+                    f"{path} holds another run's averages: name the right folder as `checkpoint`"
+                )
+            self.elastic.load_state_dict(averages)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.elastic.step()
@@ -313,13 +326,19 @@ class ElasticResetCallback:
 
         if state.is_world_process_zero:
             path = self._file(args, state)
-            path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".partial")
-            save_file({n: t.detach().clone() for n, t in self.elastic.state_dict().items()}, aside)
+            averages = {n: t.detach().clone() for n, t in self.elastic.state_dict().items()}
+            save_file(averages | dict(sums=self._sums()), aside)
             os.replace(aside, path)
 
+    FILE = "elastic_reset.safetensors"
+
     def _file(self, args, state):
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "elastic_reset.safetensors"
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE
+
+    def _sums(self):
+        """By which a checkpoint's averages know the weights that they belong to."""
+        return torch.stack([p.detach().double().sum().cpu() for p in self.elastic.params])
 
     def __getattr__(self, event):
         """The trainer's other events: nothing to do. (With transformers' base class this room would need

@@ -63,6 +63,26 @@ def test_weights_kept_elsewhere_are_refused(model, tmp_path, kind, monkeypatch):
         trainer.train()
 
 
+def test_another_runs_averages_are_refused(model, tmp_path):
+    """Both runs have a checkpoint-2; the trainer does not say which one it goes on from."""
+    trained(model, tmp_path / "a", ElasticResetCallback(0.5, 3), max_steps=2).train()
+    other = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
+    trained(other, tmp_path / "b", ElasticResetCallback(0.5, 3), max_steps=2, learning_rate=0.01).train()
+
+    def go_on(output_dir, **where):
+        policy = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
+        callback = ElasticResetCallback(0.5, 3, **where)
+        trainer = trained(policy, tmp_path / output_dir, callback, max_steps=4)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+        return callback.elastic.resets
+
+    with pytest.raises(ValueError, match="holds another run's averages"):
+        go_on("b")
+    with pytest.raises(ValueError, match="the checkpoint lies elsewhere"):
+        go_on("c")
+    assert go_on("c", checkpoint=tmp_path / "a" / "checkpoint-2") == 1
+
+
 def test_the_same_as_a_loop_of_ones_own(model, tmp_path):
     """The trainer's weights are those of a plain loop with elastic.step() behind optimizer.step()."""
     own = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
