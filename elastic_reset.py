@@ -283,8 +283,8 @@ class ElasticResetCallback:
     Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps,
     not micro-batches; of a PEFT model it averages and resets the adapter. Its averages lie in the checkpoints
     as elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there. To resume from a
-    checkpoint elsewhere than in output_dir, name its folder as `checkpoint`. For one process or DDP: DeepSpeed
-    would undo a reset from weights of its own, and FSDP's shards would need a file each. `elastic`, the
+    checkpoint outside output_dir, name its folder as `checkpoint`. For one process or DDP: DeepSpeed would
+    undo a reset from weights of its own, and FSDP's shards would need a file each. `elastic`, the
     ElasticReset, is there once train() has begun."""
 
     def __init__(self, decay=0.995, reset_every=17, reset="elastic", checkpoint=None):
@@ -308,8 +308,8 @@ class ElasticResetCallback:
             path = Path(self.checkpoint) / self.FILE if self.checkpoint else self._file(args, state)
             if not path.exists():
                 raise ValueError(
-                    f"{path} is missing: the checkpoint lies elsewhere (name it as `checkpoint`), was cut off "
-                    "while being saved, or was trained without ElasticResetCallback"
+                    f"{path} is missing: the checkpoint lies elsewhere (name it as `checkpoint`), was cut "
+                    "off while being saved, or was trained without ElasticResetCallback"
                 )
             averages = load_file(path)
             if not torch.allclose(averages.pop("sums"), self._sums(), rtol=1e-6, atol=1e-6):
