@@ -287,6 +287,8 @@ class ElasticResetCallback:
     undo a reset from weights of its own, and FSDP's shards would need a file each. `elastic`, the
     ElasticReset, is there once train() has begun."""
 
+    FILE = "elastic_reset.safetensors"
+
     def __init__(self, decay=0.995, reset_every=17, reset="elastic", checkpoint=None):
         self.settings, self.elastic = dict(decay=decay, reset_every=reset_every, reset=reset), None
         self.checkpoint = checkpoint
@@ -312,11 +314,12 @@ class ElasticResetCallback:
                     "off while being saved, or was trained without ElasticResetCallback"
                 )
             averages = load_file(path)
-            if not torch.allclose(averages.pop("sums"), self._sums(), rtol=1e-6, atol=1e-6):
+            sums = averages.pop("sums", None)
+            self.elastic.load_state_dict(averages)
+            if sums is None or not torch.allclose(sums, self._sums(), rtol=1e-6, atol=1e-6):
                 raise ValueError(
                     f"{path} holds another run's averages: name the right folder as `checkpoint`"
                 )
-            self.elastic.load_state_dict(averages)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.elastic.step()
@@ -330,8 +333,6 @@ class ElasticResetCallback:
             averages = {n: t.detach().clone() for n, t in self.elastic.state_dict().items()}
             save_file(averages | dict(sums=self._sums()), aside)
             os.replace(aside, path)
-
-    FILE = "elastic_reset.safetensors"
 
     def _file(self, args, state):
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE
