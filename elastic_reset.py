@@ -456,7 +456,7 @@ class Config:
             raise ValueError(
                 "kl_target adapts kl_coef, but kl_coef is 0; give it a value to begin with, such as 0.05"
             )
-        if self.method in ("ppo-kl", "ema-reference", "reset-reference") and not self.kl_coef:
+        if "kl_reference" in METHODS.get(self.method, {}) and not self.kl_coef:
             raise ValueError(f"method {self.method} is a KL penalty, but kl_coef is 0; try --kl_coef 0.05")
         if self.mini_batch_size > self.batch_size:
             expected = f"batch_size ({self.batch_size}) or less"
