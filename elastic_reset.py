@@ -23,8 +23,8 @@ The loss is PPO's and stays so. The value head and the optimizer's moments live 
 
 Run it:   python elastic_reset.py --task translation       (offline, minutes on two CPU cores; see --help)
 Copy it:  `elastic.step()` after `optimizer.step()` is all that ElasticReset asks for, torch all it needs. To
-          paste room 1 alone, put before it: import contextlib, os, torch; from pathlib import Path;
-          from torch import nn; ema_kernel = None.
+          paste room 1 alone, put before it: import contextlib, os, torch, warnings;
+          from pathlib import Path; from torch import nn; ema_kernel = None.
 
 Rooms: 1 Elastic Reset, 2 PPO, 3 Tasks, 4 Training, 5 Trade-off, 6 Files, 7 Data and models, 8 Command line.
 """
@@ -54,6 +54,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -295,9 +296,10 @@ class ElasticResetCallback:
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Begins at the model's weights or, with steps done, where their checkpoint left off. ValueError if
-        that does not hold the averages of these weights, or for a trainer that would not keep them."""
+        that does not hold the averages of these weights, or for a trainer that would not keep them; a warning
+        if it had other settings."""
         from accelerate.state import AcceleratorState
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
         if AcceleratorState().distributed_type in ("DEEPSPEED", "FSDP"):
             raise ValueError("ElasticResetCallback works on one process or with DDP, not DeepSpeed or FSDP")
@@ -313,13 +315,19 @@ class ElasticResetCallback:
                     f"{path} is missing: the checkpoint lies elsewhere (name it as `checkpoint`), was cut "
                     "off while being saved, or was trained without ElasticResetCallback"
                 )
-            averages = load_file(path)
+            with safe_open(path, "pt") as file:
+                averages = {name: file.get_tensor(name) for name in file.keys()}
+                before = file.metadata() or {}
             sums = averages.pop("sums", None)
             self.elastic.load_state_dict(averages)
             if sums is None or not torch.allclose(sums, self._sums(), rtol=1e-6, atol=1e-6):
                 raise ValueError(
                     f"{path} holds another run's averages: name the right folder as `checkpoint`"
                 )
+            for name, value in self.settings.items():
+                if before.get(name, str(value)) != str(value):
+                    text = f"{name} is {value}; until this checkpoint it was {before[name]}"
+                    warnings.warn(text, stacklevel=2)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.elastic.step()
@@ -331,7 +339,8 @@ class ElasticResetCallback:
             path = self._file(args, state)
             aside = path.with_suffix(".partial")
             averages = {n: t.detach().clone() for n, t in self.elastic.state_dict().items()}
-            save_file(averages | dict(sums=self._sums()), aside)
+            settings = {name: str(value) for name, value in self.settings.items()}
+            save_file(averages | dict(sums=self._sums()), aside, settings)
             os.replace(aside, path)
 
     def _file(self, args, state):
@@ -362,7 +371,7 @@ class Config:
     """All settings of a run; configure() makes one of a preset, a method and what the user gave. Raises
     ValueError for a value of the wrong type or out of its range."""
 
-    task: str = flag("custom", "what to train: {tasks}", group="The run")
+    task: str = flag("custom", "what to train, always needed: {tasks}", group="The run")
     method: str = flag("elastic-reset", "a named set of defaults, one of {methods}")
     preset: Literal["mini", "paper"] = flag("mini", "minutes on two CPU cores, or the paper's setting")
     seed: int = flag(0, "of sampling and data order; pretraining has a fixed one", 0)
@@ -407,7 +416,7 @@ class Config:
     kl_target: float = flag(0.0, "adapt kl_coef to reach this KL, in nats per response; 0: keep it", 0)
     kl_horizon: int = flag(10_000, "responses within which the adaptation works", 1)
     kl_reference: Literal["init", "ema", "reset"] = flag(
-        "init", "from the start, the EMA, or the policy of reset_every updates ago at most"
+        "init", "with kl_coef: from the start, the EMA, or the policy of reset_every updates ago at most"
     )
 
     model: str = flag("", "hub name or folder of the policy; empty: from scratch", group="Models and data")
@@ -451,16 +460,24 @@ class Config:
             raise ValueError(f"d_model is {self.d_model}; expected a multiple of 4")
         if self.min_response_length > self.response_length:
             value, most = self.min_response_length, self.response_length
-            raise ValueError(f"min_response_length is {value}; expected response_length ({most}) or less")
+            both = "the preset may have set one of them: give both"
+            raise ValueError(
+                f"min_response_length is {value}; expected response_length ({most}) or less; {both}"
+            )
         if self.kl_target and not self.kl_coef:
             raise ValueError(
                 "kl_target adapts kl_coef, but kl_coef is 0; give it a value to begin with, such as 0.05"
             )
-        if "kl_reference" in METHODS.get(self.method, {}) and not self.kl_coef:
+        if METHODS.get(self.method, {}).keys() & NO_KL.keys() == {"kl_reference"} and not self.kl_coef:
             raise ValueError(f"method {self.method} is a KL penalty, but kl_coef is 0; try --kl_coef 0.05")
+        if self.kl_reference != "init" and not self.kl_coef:
+            expected = "expected init as long as kl_coef is 0; or try --kl_coef 0.05"
+            raise ValueError(f"kl_reference is {self.kl_reference}; {expected}")
         if self.mini_batch_size > self.batch_size:
-            expected = f"batch_size ({self.batch_size}) or less"
-            raise ValueError(f"mini_batch_size is {self.mini_batch_size}; expected {expected}")
+            most, both = self.batch_size, "the preset may have set one of them: give both"
+            raise ValueError(
+                f"mini_batch_size is {self.mini_batch_size}; expected batch_size ({most}) or less; {both}"
+            )
 
 
 def check_value(f, value):
@@ -478,7 +495,7 @@ def check_value(f, value):
         raise ValueError(f"{f.name} is {value}; expected {expected}")
 
 
-NO_KL = dict(kl_coef=0.0, kl_target=0.0)
+NO_KL = dict(kl_coef=0.0, kl_target=0.0, kl_reference="init")
 METHODS = {  # what each sets; a preset may add to it ("mini/ppo-kl"), flags win over both
     "elastic-reset": dict(reset="elastic"),
     "ppo": dict(reset="none", **NO_KL),
@@ -703,10 +720,9 @@ def _never(policy):
 class Task(Protocol):
     """What train() needs of a task; write your own and call train(config, task=MyTask(...)).
 
-    `policy`: a transformers model with generate(). `tokenizer`: its tokenizer (for a decoder, one that pads
-    on the left). `trained`: what else learns, modules and optimizers by name, for the checkpoints.
-    `footnote`: a line under the run's table. Optional: `learn(prompts, responses)`, called once the policy is
-    updated; it returns numbers to log.
+    `policy`: a transformers model with generate(). `tokenizer`: its tokenizer. `trained`: what else learns,
+    modules and optimizers by name, for the checkpoints. `footnote`: a line under the run's table. Optional:
+    `learn(prompts, responses)`, called once the policy is updated; it returns numbers to log.
     """
 
     policy: nn.Module
@@ -757,6 +773,7 @@ class TranslationGame:
         from accelerate import Accelerator
 
         self.config = config
+        check_uncut(config, "response_length")  # by the receiver
         data = translation_data(config)
         self.validation = data["validation"][: config.eval_size]
         self.german = {}  # French: German; of captions with the same French the first counts
@@ -843,6 +860,7 @@ class MockSentiment:
     trained = {}
 
     def __init__(self, config: Config):
+        check_uncut(config, "prompt_length", "response_length")  # by the classifier
         data = review_data(config)
         self.config, self.gold = config, data["gold"]
         self.policy, self.tokenizer = causal_lm("policy", config.model, data, config)
@@ -933,15 +951,17 @@ class TechnicalQA:
     trained = {}
 
     def __init__(self, config: Config):
+        for name in ("prompt_length", "response_length"):  # the reward model sees twice max_length
+            check_uncut(config, name)
         data = qa_data(config)
         (_, sft_model), (_, reward_model) = self.stages(config, data)
         self.config, self.program_of = config, data["program_of"]
         self.problems = data["problems"][: config.eval_size]
-        longest = config.prompt_length + config.response_length
-        base, self.tokenizer = load_model("policy", sft_model, "CausalLM", config, longest)
+        lengths = ("prompt_length", "response_length")
+        base, self.tokenizer = load_model("policy", sft_model, "CausalLM", config, lengths)
         self.policy = lora(base, "CAUSAL_LM", config, config.seed)
         kind = "SequenceClassification"
-        self.reward_model = load_model("reward model", reward_model, kind, config, num_labels=1)
+        self.reward_model = load_model("reward model", reward_model, kind, config, lengths, num_labels=1)
         self.longest = min(2 * config.max_length, self.reward_model[0].config.max_position_embeddings)
         self.questions = [question for question in data["questions"] if self._fits(question)]
         held_out = [pair for pair in data["validation"] if self._fits(pair[0])][: config.eval_size]
@@ -1119,7 +1139,8 @@ def prompts_of(task, update, config, accelerator):
 def respond(task, prompts, config):
     """Samples the policy's responses. The batch: input_ids and attention_mask (batch, prompt), responses and
     mask (batch, response). The texts: the responses decoded."""
-    batch = tokens_of(task.tokenizer, prompts, config.max_length, task.policy.device)
+    side = {} if task.policy.config.is_encoder_decoder else dict(padding_side="left")
+    batch = tokens_of(task.tokenizer, prompts, config.max_length, task.policy.device, **side)
     batch["responses"], batch["mask"] = sample(task.policy, batch, config.response_length, config.temperature)
     return batch, response_texts(task.policy, task.tokenizer, batch["input_ids"], batch["responses"])
 
@@ -1231,7 +1252,18 @@ def evaluate(task, model, elastic, config):
         logprobs, _, _ = logprobs_and_values(model, batch)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
-    return task.evaluate(responses) | {"kl": torch.cat(kl).mean().item()}
+    metrics = task.evaluate(responses) | {"kl": torch.cat(kl).mean().item()}
+    for name in ("reward", "drift"):
+        if name not in metrics:
+            raise ValueError(f"evaluate() gave no {name!r}; expected numbers by name, that one too")
+    return {name: value if name == "samples" else _number(name, value) for name, value in metrics.items()}
+
+
+def _number(name, value):
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"evaluate() gave {name} {value!r}; expected a number") from error
 
 
 def average_after(task, model, elastic, run, config):
@@ -1311,8 +1343,9 @@ def tradeoff(histories):
 
     The range goes from the lowest drift of any run to 1.5 times the start's. area: the best reward at a drift
     of at most d, less the start's, averaged over d in the range; of the evaluations at the updates that all
-    runs evaluated, after a reset if there was one, since more looks would find more. passed: the first update
-    drifting beyond."""
+    runs evaluated, after a reset if there was one, since more looks would find more. (The mixtures of
+    average_after count: they are what it delivers, but they are that many looks more.) passed: the first
+    update drifting beyond."""
     all_runs = [history for runs in histories.values() for history in runs.values()]
     lines = [line for history in all_runs for line in history]
     low, high = min(line["drift"] for line in lines), 1.5 * lines[0]["drift"]
@@ -1327,7 +1360,10 @@ def tradeoff(histories):
             reward=[end["reward"] for end in ends],
             drift=[end["drift"] for end in ends],
             area=[area_under_front(history, low, high) for history in looks],
-            passed=[next((e["update"] for e in h if e["drift"] > high), None) for h in runs.values()],
+            passed=[
+                next((e["update"] for e in during_training(h) if e["drift"] > high), None)
+                for h in runs.values()
+            ],
         )
     return dict(start=lines[0], range=[low, high], methods=methods)
 
@@ -1507,6 +1543,11 @@ class Run:
                 own = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(name + "/")}
                 load_tensors(part, own)
             self.update, self.history, self.samples = (counters[k] for k in ("update", "history", "samples"))
+            if self.update > self.config.updates:
+                done, wanted = self.update, self.config.updates
+                raise ValueError(
+                    f"{self.folder} has done {done} updates, but --updates is {wanted}; give more"
+                )
             self.saved, seconds = self.update, counters["seconds"]
         elif self.config.resume and self.history_file.exists() and self.accelerator.is_main_process:
             print(f"{self.folder} holds no checkpoint yet: the run begins anew", file=sys.stderr)
@@ -1525,8 +1566,8 @@ class Run:
     def updates(self):
         """The numbers of the updates to do. Saves after each `save_every`-th and the last. Ctrl-C lets an
         update end, saves, and raises KeyboardInterrupt."""
-        last, name = self.config.updates, self.config.method
-        with ctrl_c_waits() as stop, progress(initial=self.update, total=last, desc=name) as self.bar:
+        last, what = self.config.updates, f"RL, {self.config.method}"
+        with ctrl_c_waits() as stop, progress(initial=self.update, total=last, desc=what) as self.bar:
             for update in range(self.update + 1, last + 1):
                 self.update = update
                 yield update
@@ -1557,7 +1598,8 @@ class Run:
         numbers = {name: value for name, value in metrics.items() if name != "samples"}
         seconds = round(time.perf_counter() - self.began, 2)
         self.history.append(dict(update=update, event=event, **numbers, seconds=seconds))
-        self.samples.append(dict(update=update, event=event, rows=metrics.get("samples", [])))
+        rows = [{column: str(text) for column, text in row.items()} for row in metrics.get("samples", [])]
+        self.samples.append(dict(update=update, event=event, rows=rows))
         self.write_metrics()
         if self.config.report_to != "none":
             prefix = "" if event in ("", "after reset") else event + "/"  # one step may have several
@@ -1593,8 +1635,12 @@ class Run:
             plot_run(self.history, aside)
         write_text(self.folder / "samples.md", samples_text(self.samples))
         print(before_and_after(start, end))
+        for e in self.history:
+            if e["event"].startswith("eta"):
+                print(f"mixture, {e['event']}: reward {e['reward']:.3f}, drift {e['drift']:.3f}")
         print(task.footnote)
-        print(f"{self.folder}: metrics.jsonl, samples.md, curve.png, model/, checkpoint/")
+        files = sorted(path.name + "/" * path.is_dir() for path in self.folder.iterdir())
+        print(f"{self.folder}: {', '.join(files)}")
         return result
 
 
@@ -1877,10 +1923,10 @@ def bleu(translations, references):
     return metric.corpus_score(translations, [references]).score, str(metric.get_signature())
 
 
-def load_model(role, name, kind, config, longest=0, new_head=False, **settings):
+def load_model(role, name, kind, config, lengths=(), new_head=False, **settings):
     """A model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by hub name or
-    from a folder. ValueError if they cannot be used: for texts of `longest` tokens or, unless `new_head`,
-    with the head they have."""
+    from a folder. ValueError if they cannot be used: for texts as long as the settings named in `lengths`
+    together or, unless `new_head`, with the head they have."""
     import transformers
     from accelerate import Accelerator
     from safetensors import SafetensorError
@@ -1914,27 +1960,39 @@ def load_model(role, name, kind, config, longest=0, new_head=False, **settings):
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         set_plain_generation(model)
+    longest, sizes = total_length(config, lengths)
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     if positions < longest:
-        lower = "lower max_length, prompt_length or response_length"
-        raise ValueError(
-            f"{role} {name!r} has {positions} positions, but texts have up to {longest}: {lower}"
-        )
+        raise ValueError(f"{role} {name!r} has {positions} positions, too few for {sizes} tokens: lower that")
     return model if config.load_in_8bit else model.to(Accelerator().device), tokenizer
+
+
+def total_length(config, names):
+    """The sum of settings, and how it is made up, in words."""
+    sizes = [getattr(config, name) for name in names]
+    return sum(sizes), " + ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=True))
+
+
+def check_uncut(config, *names):
+    """ValueError if texts as long as these settings together would lose their ends."""
+    longest, sizes = total_length(config, names)
+    if longest > config.max_length:
+        most = f"max_length ({config.max_length}), where texts are cut off"
+        raise ValueError(f"{sizes} is more than {most}: raise --max_length or lower the other")
 
 
 def seq2seq(role, name, data, config):
     """A translation model and its tokenizer: by hub name or from a folder or, without a name, a Marian
     trained from scratch on data[role], pairs of source and target."""
-    kind, longest = "Seq2SeqLM", max(config.max_length, config.response_length)
+    kind = "Seq2SeqLM"
     if not name:
         tokenizer = train_tokenizer(data["texts"], config.vocab_size, config.max_length)
         recipe = (tokenizer, data[role], likelihood_loss, config.pretrain_updates, config)
-        name = str(pretrained(role, kind, marian(tokenizer, config, longest), *recipe))
-    return load_model(role, name, kind, config, longest)
+        name = str(pretrained(role, kind, marian(tokenizer, config), *recipe))
+    return load_model(role, name, kind, config, ["max_length"])
 
 
-def marian(tokenizer, config, longest):
+def marian(tokenizer, config):
     from transformers import MarianConfig
 
     width = config.d_model
@@ -1944,20 +2002,20 @@ def marian(tokenizer, config, longest):
         encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, dropout=0.0,
         encoder_attention_heads=4, decoder_attention_heads=4,
         pad_token_id=pad, eos_token_id=eos, decoder_start_token_id=pad, forced_eos_token_id=None,
-        max_position_embeddings=max(128, longest), scale_embedding=True,
+        max_position_embeddings=max(128, config.max_length), scale_embedding=True,
     )  # fmt: skip
 
 
 def causal_lm(role, name, data, config, seed=0):
     """A decoder and its tokenizer: by name or, without one, a GPT-2 trained from scratch on data["texts"]."""
-    kind, longest = "CausalLM", config.prompt_length + config.response_length
+    kind = "CausalLM"
     if not name:
         tokenizer = decoder_tokenizer(data, config)
         halves = [text.partition(" ") for text in data["texts"]]  # a decoder needs a first word to go on from
         examples = [(first, " " + rest) for first, _, rest in halves if rest]
         recipe = (tokenizer, examples, likelihood_loss, config.pretrain_updates, config, seed)
         name = str(pretrained(role, kind, gpt2(tokenizer, config), *recipe))
-    return load_model(role, name, kind, config, longest)
+    return load_model(role, name, kind, config, ("prompt_length", "response_length"))
 
 
 def classifier(role, name, data, config):
@@ -1969,7 +2027,7 @@ def classifier(role, name, data, config):
         examples, shape = [(label, text) for text, label in data["train"]], gpt2(tokenizer, config)
         recipe = (tokenizer, examples, label_loss, config.reward_updates, config)
         name = str(pretrained(role, kind, shape, *recipe))
-    model, tokenizer = load_model(role, name, kind, config, config.max_length)
+    model, tokenizer = load_model(role, name, kind, config, ["max_length"])
     if model.config.num_labels != 2:
         labels = model.config.num_labels
         raise ValueError(f"{role} {name!r} has {labels} labels; expected 2, the second one positive")
@@ -1982,7 +2040,7 @@ def supervised_finetuning(config, data):
     if config.model and not config.pretrain_updates:
         return config.model
     if config.model:
-        model, tokenizer = load_model("policy", config.model, "CausalLM", config, 2 * config.max_length)
+        model, tokenizer = load_model("policy", config.model, "CausalLM", config, ["max_length"] * 2)
         start = lora(model, "CAUSAL_LM", config)
     else:
         tokenizer = decoder_tokenizer(data, config)
@@ -2015,7 +2073,9 @@ def lora(model, task_type, config, seed=0):
 
     torch.manual_seed(seed)
     shape = dict(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=config.lora_dropout)
-    return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's way of asking transformers, not ours
+        return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
 
 
 def llama(tokenizer, config, **settings):
@@ -2039,7 +2099,8 @@ def pass_at_k(n, right, k):
 def gpt2(tokenizer, config):
     from transformers import GPT2Config
 
-    eos, positions = tokenizer.eos_token_id, max(128, config.max_length + config.response_length)
+    longest = max(config.max_length, config.prompt_length) + config.response_length
+    eos, positions = tokenizer.eos_token_id, max(128, longest)
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return GPT2Config(
         vocab_size=len(tokenizer), n_embd=config.d_model, n_layer=config.layers, n_head=4,
@@ -2063,6 +2124,7 @@ def pretrained(role, kind, start, tokenizer, examples, loss_of, updates, config,
     digest = hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
     folder = cache / f"{role.replace(' ', '-')}-{digest}"
+    transformers.logging.disable_progress_bar()
     with Accelerator().main_process_first():
         if not folder.exists():
             torch.manual_seed(seed)
@@ -2208,8 +2270,14 @@ def translation_data(config):
 def train_and_validation(config, columns):
     """The rows of data and, for evaluation, of validation_data or of the split `validation` beside it."""
     name, _ = split_of(config.data)
-    held_out = config.validation_data or f"{name}:validation"
-    return load_rows(config.data, columns), load_rows(held_out, columns)
+    train = load_rows(config.data, columns)
+    try:
+        return train, load_rows(config.validation_data or f"{name}:validation", columns)
+    except ValueError as error:
+        if config.validation_data:
+            raise
+        slices = f"--data {name}:train[200:] --validation_data {name}:train[:200]"
+        raise ValueError(f"{error} (or hold out rows: {slices})") from error
 
 
 def mixed(rows):
@@ -2817,7 +2885,7 @@ def parse_flags(argv):
     for f in known:
         section = f.metadata["group"] or section
         text = f.metadata["help"].format(methods=", ".join(METHODS), tasks=", ".join(TASKS))
-        text += "" if f.default in ("", ()) else f" (default {f.default})"
+        text += default_text(f)
         absent = dict(default=argparse.SUPPRESS)  # a flag not given leaves no trace
         if f.type == list[str]:
             absent = dict(default_factory=lambda: argparse.SUPPRESS)
@@ -2839,11 +2907,21 @@ def parse_flags(argv):
     return given, command
 
 
+def default_text(f):
+    """ " (default 200; imdb 120, qa 40)": a flag's default, and what the tasks' mini presets say instead."""
+    if f.default in ("", (), "custom"):
+        return ""
+    presets = {name: task.presets["mini"] for name, task in TASKS.items()}
+    others = ", ".join(f"{name} {preset[f.name]}" for name, preset in presets.items() if f.name in preset)
+    return f" (default {f.default}{'; ' * bool(others)}{others})"
+
+
 def to_argv(flags):
     """{"kl_coef": 0.1, "sender_data": ["a", "b"]} -> --kl_coef 0.1 --sender_data a b, a list of words"""
     argv = []
     for name, value in flags.items():
-        argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        words = [str(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
+        argv += [f"--{name}", *words] if words else []
     return argv
 
 

@@ -46,6 +46,15 @@ BAD_FLAGS = [
     ("--task translation --batch_size 32 --mini_batch_size 64", "expected batch_size (32) or less"),
     ("--task translation --d_model 90", "expected a multiple of 4"),
     ("--task translation --resume perhaps", "--resume"),
+    ("--task translation --kl_reference ema", "kl_reference is ema; expected init as long as kl_coef is 0"),
+    ("--task translation --response_length 65", "response_length (65) is more than max_length (64)"),
+    (
+        "--task imdb --prompt_length 29",
+        "prompt_length (29) + response_length (32) is more than max_length (60)",
+    ),
+    ("--task imdb --response_length 20", "(20) or less; the preset may have set one of them: give both"),
+    ("--task qa --max_length 199", "prompt_length (200) is more than max_length (199)"),
+    ("--task qa --response_length 201", "response_length (201) is more than max_length (200)"),
     ("--task translation --kl_target 6", "kl_target adapts kl_coef, but kl_coef is 0"),
     ("--task translation --max_grad_norm 0", "max_grad_norm is 0"),
     ("--task translation --dtype float16", "choose from"),
@@ -78,7 +87,7 @@ GOOD = '{"en": "a dog", "fr": "un chien", "de": "ein Hund"}\n'
 BAD_DATA = {
     "empty folder": ({}, "doesn't contain any data files"),
     "empty file": ({"train.jsonl": ""}, "holds no rows"),
-    "no validation": ({"train.jsonl": GOOD}, "validation"),
+    "no validation": ({"train.jsonl": GOOD}, "train[200:] --validation_data "),
     "torn line": ({"train.jsonl": GOOD + '{"en": "a'}, "train.jsonl, line 2: column 8: not JSON"),
     "no object": ({"train.jsonl": GOOD + "[1, 2]\n"}, "train.jsonl, line 2: no object"),
     "no column": ({"train.jsonl": '{"en": "a", "fr": "b"}\n'}, "jsonl, line 1: no column 'de' (found en"),
@@ -147,8 +156,9 @@ def test_too_few_positions(tiny, capsys, tmp_path):
     elastic_reset.train(configure(**tiny))
     capsys.readouterr()
     folders = dict(model=str(tmp_path / "run" / "model"), receiver_model=str(tmp_path / "run" / "receiver"))
-    flags = tiny | folders | dict(response_length=500, output_dir=str(tmp_path / "other"))
-    assert main(to_argv(flags)) == 2 and "has 128 positions" in capsys.readouterr().err
+    flags = tiny | folders | dict(max_length=500, output_dir=str(tmp_path / "other"))
+    assert main(to_argv(flags)) == 2
+    assert "has 128 positions, too few for max_length (500) tokens" in capsys.readouterr().err
 
 
 def test_layers_of_settings(tmp_path):
@@ -183,6 +193,16 @@ def test_every_method_is_itself_in_every_preset(task, preset, method):
 def test_a_kl_method_needs_a_coefficient():
     with pytest.raises(ValueError, match="kl_coef is 0; try --kl_coef 0.05"):
         configure("custom", "ppo-kl")
+
+
+def test_a_run_is_repeated_by_its_config(tiny, tmp_path, capsys):
+    first = elastic_reset.train(configure(**tiny | dict(learning_rate=1e-5)))
+    again = str(tmp_path / "again")
+    assert main(["--config", str(tmp_path / "run" / "config.json"), "--output_dir", again]) == 0
+    saved = [json.loads((tmp_path / run / "config.json").read_text()) for run in ("run", "again")]
+    assert saved[0] | dict(output_dir=again) == saved[1]
+    end = elastic_reset.read_history(tmp_path / "again")[-1]
+    assert end["reward"] == first["end"]["reward"] and end["kl"] == first["end"]["kl"]
 
 
 def test_flags_survive_the_way_to_another_process():
@@ -221,4 +241,6 @@ def test_help_lists_every_flag_and_method():
     for f in elastic_reset.fields(elastic_reset.Config):
         assert f"--{f.name}" in flat
     assert all(method in "".join(text.split()) for method in METHODS)
+    assert "batch_size responses (default 200; imdb 120, qa 40)" in flat
+    assert "what to train, always needed: translation, imdb, qa --method" in flat
     assert json.dumps("theta_bar <- theta_0")[1:-1] in flat

@@ -259,7 +259,7 @@ def llama_folder(path, texts):
     tokenizer = train_tokenizer(texts, 300, 512, append_eos=False)
     torch.manual_seed(1)
     shape = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    ids = dict(bos_token_id=None, eos_token_id=1, num_attention_heads=2, max_position_embeddings=256)
+    ids = dict(bos_token_id=None, eos_token_id=1, num_attention_heads=2, max_position_embeddings=400)
     LlamaForCausalLM(LlamaConfig(**shape, **ids)).save_pretrained(path)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(path)
@@ -278,7 +278,7 @@ def stack(tmp_path):
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     flags = SMALL | dict(task="qa", data=str(tmp_path / "pairs"), programs=str(tmp_path / "programs"))
     flags |= dict(model=llama_folder(tmp_path / "llama", [r["response_j"] for r in rows]))
-    flags |= dict(max_length=64, response_length=12, program_length=12, allow_code_execution=True)
+    flags |= dict(max_length=200, response_length=12, program_length=12, allow_code_execution=True)
     return flags | dict(prompt_length=200, output_dir=str(tmp_path / "run"), lora_dropout=0.05)
 
 

@@ -79,6 +79,20 @@ def test_more_looks_do_not_make_a_larger_area():
     assert methods["often"]["area"] == methods["seldom"]["area"] != [0]
 
 
+def test_a_mixture_counts_in_the_area_but_passes_nothing():
+    end = dict(update=1, event="", drift=1.4, reward=2)
+    mixture = dict(update=1, event="eta 0.50", drift=2, reward=5)
+    methods = tradeoff({"a": {0: [*history((1, 0)), end, mixture]}, "b": {0: history((1, 0), (1, 1))}})[
+        "methods"
+    ]
+    assert methods["a"]["passed"] == [None] and methods["a"]["reward"] == [2]
+    mixture |= dict(drift=1.2)
+    better = tradeoff({"a": {0: [*history((1, 0)), end, mixture]}, "b": {0: history((1, 0), (1, 1))}})[
+        "methods"
+    ]
+    assert better["a"]["area"] > methods["a"]["area"]
+
+
 def test_a_run_that_fails_is_named(tmp_path, capsys):
     (tmp_path / "ppo" / "seed0").mkdir(parents=True)
     (tmp_path / "ppo" / "seed0" / "config.json").write_text("{}")

@@ -130,6 +130,14 @@ def test_resuming_without_averages_is_refused(model, tmp_path):
         )
 
 
+def test_other_settings_at_a_resume_are_warned_of(model, tmp_path):
+    trained(model, tmp_path / "run", ElasticResetCallback(0.5, 4)).train()
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
+    trainer = trained(again, tmp_path / "run", ElasticResetCallback(0.5, 3), max_steps=7)
+    with pytest.warns(UserWarning, match="reset_every is 3; until this checkpoint it was 4"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_unknown_events_are_no_errors_but_unknown_names_are():
     callback = ElasticResetCallback()
     assert callback.on_something_new(None, None, None, model=None) is None

@@ -69,12 +69,14 @@ def test_models_load_back(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs(tiny, method):
+def test_every_method_runs(tiny, method, capsys):
     result = train(configure(**tiny | dict(method=method)))
     moved = result["end"]["kl"] != 0
     assert moved is (method not in ("fixed-sender", "reset-init"))  # the last update ends in a reset
+    printed = capsys.readouterr().out
     if method == "average-after":
         assert [line["event"] for line in result["history"]][-2:] == ["eta 0.80", "eta 0.90"]
+    assert printed.count("mixture, eta 0.") == (9 if method == "average-after" else 0)
 
 
 def test_a_reset_to_init_ends_at_the_start(tiny):
@@ -203,7 +205,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
 
 
-def test_second_run_does_not_overwrite_the_first(tiny):
+def test_second_run_does_not_overwrite_the_first(tiny, tmp_path):
     train(configure(**tiny))
     with pytest.raises(ValueError, match="holds a run: go on with --resume true"):
         train(configure(**tiny))
@@ -211,6 +213,9 @@ def test_second_run_does_not_overwrite_the_first(tiny):
         train(configure(**tiny | dict(resume=True, learning_rate=0.1)))
     longer = train(configure(**tiny | dict(resume=True, updates=6)))
     assert longer["end"]["update"] == 6
+    with pytest.raises(ValueError, match="has done 6 updates, but --updates is 5; give more"):
+        train(configure(**tiny | dict(resume=True, updates=5)))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["updates"] == 6
 
 
 def test_trackers_get_both_sides_of_a_reset(tiny, monkeypatch):
@@ -260,8 +265,7 @@ class Vowels:
     def __init__(self):
         from transformers import GenerationConfig
 
-        self.tokenizer = elastic_reset.train_tokenizer(["a b c d e"], 0, 16)
-        self.tokenizer.padding_side = "left"
+        self.tokenizer = elastic_reset.train_tokenizer(["a b c d e"], 0, 16)  # pads on the right
         torch.manual_seed(0)
         self.policy = GPT2LMHeadModel(
             GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32)
@@ -286,6 +290,36 @@ def test_a_users_own_task_learns(tmp_path):
     )  # fmt: skip
     result = train(config, task=Vowels())
     assert result["start"]["reward"] < 0.35 and max(line["reward"] for line in result["history"]) > 0.8
+
+
+def test_decoders_are_prompted_from_the_left():
+    task, config = Vowels(), configure(response_length=3)
+    batch, _ = elastic_reset.respond(task, ["b c", "d"], config)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+SHORT = dict(updates=1, response_length=6, batch_size=4, mini_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    "metrics, message",
+    [(dict(reward=1.0), "gave no 'drift'"), (dict(reward="high", drift=1), "gave reward 'high'; expected a")],
+)
+def test_an_evaluation_is_checked_before_training(tmp_path, metrics, message):
+    task = Vowels()
+    task.evaluate = lambda responses: metrics
+    with pytest.raises(ValueError, match=message):
+        train(configure(output_dir=str(tmp_path), **SHORT), task=task)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_numbers_and_samples_of_other_types(tmp_path):
+    task = Vowels()
+    rows = [dict(number=3, nothing=None)]
+    task.evaluate = lambda responses: dict(reward=torch.tensor(1.5), drift=2, samples=rows)
+    train(configure(output_dir=str(tmp_path), **SHORT), task=task)
+    assert metrics_of(tmp_path)[0]["reward"] == 1.5
+    assert "- number: 3\n- nothing: None" in (tmp_path / "samples.md").read_text()
 
 
 def test_wrong_number_of_rewards(tmp_path):
