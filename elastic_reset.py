@@ -1300,7 +1300,10 @@ def compare(methods, seeds, jobs, given):
     TASKS[given["task"]](runs[methods[0], first][1])  # pretrains here and once what is not in the cache
     with ThreadPoolExecutor(jobs) as pool:
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        list(progress(pool.map(lambda run: run_apart(*run, threads), runs.values()), total=len(runs)))
+        ends = pool.map(lambda run: run_apart(*run, threads), runs.values())
+        failed = [why for why in progress(ends, total=len(runs)) if why]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; {failed[0]}")
     histories = {label: {} for label in methods}
     for (label, seed), (_, config) in runs.items():
         histories[label][seed] = read_history(Path(config.output_dir))
@@ -1314,19 +1317,19 @@ def compare(methods, seeds, jobs, given):
 
 
 def run_apart(argv, config, threads):
-    """One run in a process of its own, unless it is finished; what it prints goes to run.log."""
+    """One run in a process of its own, unless it is finished; what it prints goes to run.log. Returns why it
+    failed, or ""."""
     folder = Path(config.output_dir)
     if (folder / "config.json").exists():
         check_continues(folder, config)
         if (folder / "samples.md").exists() and read_history(folder)[-1]["update"] == config.updates:
-            return
+            return ""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "run.log", "w", encoding="utf-8") as log:
         settings = dict(stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
         code = subprocess.run([sys.executable, __file__, *argv], check=False, **settings).returncode
-    if code:
-        last = (folder / "run.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise ValueError(f"the run in {folder} failed: {''.join(last)} (see run.log there)")
+    last = (folder / "run.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+    return f"that in {folder}: {''.join(last)} (see run.log there)" if code else ""
 
 
 def commit():

@@ -93,6 +93,15 @@ def test_a_mixture_counts_in_the_area_but_passes_nothing():
     assert better["a"]["area"] > methods["a"]["area"]
 
 
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = to_argv(TINY | dict(task="translation", output_dir=str(tmp_path)))
+    assert main([*flags, "--compare", "fixed-sender,ppo:model=nowhere,ppo", "--seeds", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 3 runs failed; that in" in error and "sender 'nowhere' cannot be loaded" in error
+    assert (tmp_path / "ppo" / "seed0" / "samples.md").exists() and not (tmp_path / "summary.md").exists()
+
+
 def test_a_run_that_fails_is_named(tmp_path, capsys):
     (tmp_path / "ppo" / "seed0").mkdir(parents=True)
     (tmp_path / "ppo" / "seed0" / "config.json").write_text("{}")
