@@ -23,7 +23,7 @@ The loss is PPO's and stays so. The value head and the optimizer's moments live 
 
 Run it:   python elastic_reset.py --task translation       (offline, minutes on two CPU cores; see --help)
 Copy it:  `elastic.step()` after `optimizer.step()` is all that ElasticReset asks for, torch all it needs. To
-          paste room 1 alone, put before it: import contextlib, os, torch, warnings;
+          paste room 1 alone, put before it: import contextlib, itertools, os, torch, warnings;
           from pathlib import Path; from torch import nn; ema_kernel = None.
 
 Rooms: 1 Elastic Reset, 2 PPO, 3 Tasks, 4 Training, 5 Trade-off, 6 Files, 7 Data and models, 8 Command line.
@@ -94,27 +94,24 @@ class ElasticReset:
         elastic.step()
 
     `model` is a module or an iterable of parameters. Those with `requires_grad` are averaged and reset, tied
-    ones once; frozen ones and buffers never. `ema` and `init` are lists of tensors shaped like `params`, in
-    float32 (float64 for float64): a bfloat16 average with decay 0.995 would be rounded back to where it was.
+    ones once; frozen ones and buffers never. Parameters may move (`.to()`) and, of a module, be replaced
+    (`load_state_dict(assign=True)`). `ema` and `init` are lists of tensors shaped like `params`, in float32
+    (float64 for float64): a bfloat16 average with decay 0.995 would be rounded back to where it was.
 
     `backend` is "rust" if all parameters are plain CPU tensors and the extension `ema_kernel` is built; they,
-    `ema` and `init` are then views of three flat buffers per dtype, each passed over once. Otherwise
-    it is "foreach", torch's operations on lists. DTensors (FSDP2) are averaged shard by shard, without
+    `ema` and `init` then lie in three flat buffers per dtype, each passed over once. Otherwise it is
+    "foreach", torch's operations on lists. DTensors (FSDP2) are averaged shard by shard, without
     communication.
 
-    Raises ValueError for a decay outside [0, 1], a reset_every below 1, an unknown reset or nothing to train;
-    TypeError for things that are no parameters.
+    Raises ValueError for a decay outside [0, 1], a reset_every below 1, an unknown reset, nothing to train
+    or, at a reset, other parameters to train than those averaged; TypeError for what is no parameter.
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay is {decay}; expected a number from 0 to 1, such as 0.995")
-        if reset_every < 1 or reset_every != int(reset_every):
-            raise ValueError(f"reset_every is {reset_every}; expected a whole number of updates, 1 or more")
-        if reset not in RESET_RULES:
-            raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
+        _check_settings(decay, reset_every, reset)
         self.decay, self.reset_every, self.rule = decay, int(reset_every), reset
-        self.names, self.params, self._modules, self._leaves = _trainable(model)
+        self._model = model if isinstance(model, nn.Module) else list(model)
+        self.names, self.params, self._modules, self._leaves = _trainable(self._model)
         self.init = [_average_like(p, _local(p)).clone() for p in self.params]
         self.ema = [i.clone() for i in self.init]
         self.updates = self.resets = 0
@@ -130,6 +127,7 @@ class ElasticReset:
         self.update()
         due = self.rule != "none" and self.updates % self.reset_every == 0
         if due:
+            self._check_model()
             self.reset()
         return due
 
@@ -165,7 +163,8 @@ class ElasticReset:
 
     @contextlib.contextmanager
     def averaged(self):
-        """In `with elastic.averaged():` the policy has the EMA's weights; then its own, come what may."""
+        """In `with elastic.averaged():` the policy has the EMA's weights; then its own, come what may. It is
+        for looking and saving, not for steps."""
         with self.holding(self.ema):
             yield
 
@@ -201,10 +200,15 @@ class ElasticReset:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Copies a state_dict() in. Raises ValueError, with nothing changed, if a name or a shape differs."""
         own = self.state_dict()
-        shapes, expected = ({n: t.shape for n, t in tensors.items()} for tensors in (state, own))
+        shapes, expected = (
+            {n: getattr(t, "shape", None) for n, t in tensors.items()} for tensors in (state, own)
+        )
         if shapes != expected:
-            name = min(shapes.items() ^ expected.items())[0]
-            raise ValueError(f"the state is another policy's: {name!r} does not fit this one")
+            name = min(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
+            raise ValueError(
+                f"the state is another policy's: {name!r} does not fit this one (a compiled or wrapped "
+                "module names its parameters differently: give the module inside)"
+            )
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
@@ -216,7 +220,7 @@ class ElasticReset:
         for average in (self.ema, self.init):  # the lists stay the same objects: others may hold them
             average[:] = [_average_like(p, a) for p, a in zip(policy, average, strict=True)]
         self._flat = []
-        if ema_kernel and all(p.device.type == "cpu" and not hasattr(p, "to_local") for p in self.params):
+        if ema_kernel and all(map(_is_plain, self.params)):
             for dtype in dict.fromkeys(p.dtype for p in self.params):
                 index = [i for i, p in enumerate(self.params) if p.dtype == dtype]
                 flat_policy = _flatten(policy, index)
@@ -227,11 +231,37 @@ class ElasticReset:
 
     def _follow(self) -> None:
         """`.to()`, `load_state_dict(assign=True)` and others move or replace parameters: attach again."""
-        if self._modules:
-            own = [module._parameters for module in self._modules]
-            self.params = list(map(dict.__getitem__, own, self._leaves))
-        if self._places != _places(self.params):
+        try:
+            if self._modules:
+                own = [module._parameters for module in self._modules]
+                self.params = list(map(dict.__getitem__, own, self._leaves))
+            places = _places(self.params)
+        except (KeyError, TypeError):  # one is gone
+            places = []
+        if places != self._places:
+            self._check_model()
             self._attach()
+
+    def _check_model(self) -> None:
+        """ValueError if the model no longer trains what is averaged."""
+        names, params, _, _ = _trainable(self._model)
+        now = {n: (id(p), _local(p).shape) for n, p in zip(names, params, strict=True)}
+        own = {n: (id(p), i.shape) for n, p, i in zip(self.names, self.params, self.init, strict=True)}
+        if now != own:
+            name = min(n for n in now.keys() | own.keys() if now.get(n) != own.get(n))
+            raise ValueError(
+                f"parameter {name!r} was added, removed, replaced, reshaped, tied, untied, frozen or "
+                "unfrozen since the averages began: make a new ElasticReset"
+            )
+
+
+def _check_settings(decay, reset_every, reset):
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is {decay}; expected a number from 0 to 1, such as 0.995")
+    if reset_every < 1 or reset_every != int(reset_every):
+        raise ValueError(f"reset_every is {reset_every}; expected a whole number of updates, 1 or more")
+    if reset not in RESET_RULES:
+        raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
 
 
 def _trainable(model):
@@ -266,11 +296,18 @@ def _average_like(p, t):
     return t.to(p.device, torch.promote_types(p.dtype, torch.float32))
 
 
+def _is_plain(p):
+    """Whether the kernel takes it: in the CPU's memory, whole, real."""
+    return p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_floating_point()
+
+
 def _flatten(tensors, index):
-    """One flat copy of tensors[i] for i in index; the list's entries become views of it."""
+    """One flat copy of tensors[i] for i in index; the list's entries become parts of it, each with a storage
+    of its own on that memory: views of one storage count as one tensor where models are saved."""
     flat = torch.cat([tensors[i].reshape(-1) for i in index])
-    for i, part in zip(index, flat.split([tensors[i].numel() for i in index]), strict=True):
-        tensors[i] = part.view(tensors[i].shape)
+    ends = list(itertools.accumulate(tensors[i].numel() for i in index))
+    for i, begin, end in zip(index, [0, *ends], ends, strict=False):
+        tensors[i] = torch.from_numpy(_numpy(flat)[begin:end]).view(flat.dtype).view(tensors[i].shape)
     return flat
 
 
@@ -284,22 +321,21 @@ class ElasticResetCallback:
     Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps,
     not micro-batches; of a PEFT model it averages and resets the adapter. Its averages lie in the checkpoints
     as elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there. To resume from a
-    checkpoint outside output_dir, name its folder as `checkpoint`. For one process or DDP: DeepSpeed would
-    undo a reset from weights of its own, and FSDP's shards would need a file each. `elastic`, the
-    ElasticReset, is there once train() has begun."""
+    checkpoint outside output_dir, name it (PATH/checkpoint-N) as `checkpoint`. For one process or DDP:
+    DeepSpeed would undo a reset from weights of its own, and FSDP's shards would need a file each. `elastic`,
+    the ElasticReset, is there once train() has begun."""
 
     FILE = "elastic_reset.safetensors"
 
     def __init__(self, decay=0.995, reset_every=17, reset="elastic", checkpoint=None):
+        _check_settings(decay, reset_every, reset)
         self.settings, self.elastic = dict(decay=decay, reset_every=reset_every, reset=reset), None
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Begins at the model's weights or, with steps done, where their checkpoint left off. ValueError if
-        that does not hold the averages of these weights, or for a trainer that would not keep them; a warning
-        if it had other settings."""
+        that does not hold the averages of these weights, or for a trainer that would not keep them."""
         from accelerate.state import AcceleratorState
-        from safetensors import safe_open
 
         if AcceleratorState().distributed_type in ("DEEPSPEED", "FSDP"):
             raise ValueError("ElasticResetCallback works on one process or with DDP, not DeepSpeed or FSDP")
@@ -307,27 +343,46 @@ class ElasticResetCallback:
             raise ValueError(
                 "enable_jit_checkpoint and hyperparameter search save checkpoints without the averages"
             )
+        if getattr(args, "auto_find_batch_size", False):
+            raise ValueError("auto_find_batch_size begins again with weights that are no longer the start's")
         self.elastic = ElasticReset(model, **self.settings)
         if state.global_step:
-            path = Path(self.checkpoint) / self.FILE if self.checkpoint else self._file(args, state)
-            if not path.exists():
-                raise ValueError(
-                    f"{path} is missing: the checkpoint lies elsewhere (name it as `checkpoint`), was cut "
-                    "off while being saved, or was trained without ElasticResetCallback"
-                )
-            with safe_open(path, "pt") as file:
-                averages = {name: file.get_tensor(name) for name in file.keys()}
-                before = file.metadata() or {}
+            self._go_on(self._file(args, state))
+        elif self.checkpoint:
+            raise ValueError("`checkpoint` is given, but not resumed from: train(resume_from_checkpoint=...)")
+
+    def _go_on(self, usual):
+        """Takes the averages that belong to the weights, from the usual place or from `checkpoint`. Warns if
+        that run had other settings."""
+        from safetensors import SafetensorError, safe_open
+
+        own = self._sums()
+        paths = [usual, *([Path(self.checkpoint) / self.FILE] if self.checkpoint else [])]
+        found = [path for path in paths if path.exists()]
+        if not found:
+            raise ValueError(
+                f"{paths[-1]} is missing: the checkpoint lies elsewhere (name it, PATH/checkpoint-N, as "
+                "`checkpoint`), was cut off while being saved, or was trained without ElasticResetCallback"
+            )
+        for path in found:
+            try:
+                with safe_open(path, "pt") as file:
+                    averages = {name: file.get_tensor(name) for name in file.keys()}
+                    before = file.metadata() or {}
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint") from error
             sums = averages.pop("sums", None)
-            self.elastic.load_state_dict(averages)
-            if sums is None or not torch.allclose(sums, self._sums(), rtol=1e-6, atol=1e-6):
-                raise ValueError(
-                    f"{path} holds another run's averages: name the right folder as `checkpoint`"
-                )
-            for name, value in self.settings.items():
-                if before.get(name, str(value)) != str(value):
-                    text = f"{name} is {value}; until this checkpoint it was {before[name]}"
-                    warnings.warn(text, stacklevel=2)
+            if sums is not None and sums.shape == own.shape and torch.allclose(sums, own, 1e-6, 1e-6):
+                break
+        else:
+            raise ValueError(
+                f"{path} holds another run's averages: name the folder resumed from as `checkpoint`"
+            )
+        self.elastic.load_state_dict(averages)
+        for name, value in self.settings.items():
+            if before.get(name, str(value)) != str(value):
+                text = f"{name} is {value}; until this checkpoint it was {before[name]}"
+                warnings.warn(text, stacklevel=2)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.elastic.step()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import elastic_reset
@@ -200,7 +200,9 @@ def test_state_dict_through_safetensors(backend, tmp_path):
 def test_state_of_another_model_changes_nothing(backend):
     elastic, other = ElasticReset(nn.Linear(2, 2)), ElasticReset(nn.Linear(3, 2))
     before = [e.clone() for e in elastic.ema]
-    for state in (other.state_dict(), {}, elastic.state_dict() | {"extra": torch.zeros(1)}):
+    states = [other.state_dict(), {}, elastic.state_dict() | {"extra": torch.zeros(1)}]
+    states.append(elastic.state_dict() | {"updates": 3})
+    for state in states:
         with pytest.raises(ValueError, match="another policy"):
             elastic.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(before, elastic.ema, strict=True))
@@ -262,6 +264,75 @@ def test_flat_parameters_copy_and_save_like_others(backend, tmp_path):
     torch.save(model.state_dict(), tmp_path / "state.pt")
     model.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     elastic.step()
+    save_model(model, tmp_path / "all.safetensors")
+    assert len(load_file(tmp_path / "all.safetensors")) == len(list(model.parameters()))
+    sizes = []
+    for bias in (model.transformer.ln_f.bias, model.transformer.ln_f.bias.detach().clone()):
+        torch.save(bias.detach(), tmp_path / "bias.pt")
+        sizes.append((tmp_path / "bias.pt").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def test_accelerate_saves_every_weight(backend, tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare_model(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)))
+    elastic = ElasticReset(model)
+    accelerator.save_state(tmp_path, safe_serialization=True)
+    saved = [p.detach().clone() for p in model.parameters()]
+    filled(model, 9.0)
+    accelerator.load_state(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(saved, model.parameters(), strict=True))
+    assert elastic.step() is False and elastic.backend == backend
+
+
+def changed_module(model):
+    model[1] = nn.Linear(3, 3)
+
+
+def added_parameter(model):
+    model[0].register_parameter("scale", nn.Parameter(torch.ones(1)))
+
+
+def removed_parameter(model):
+    model[0].bias = None
+
+
+def deleted_parameter(model):
+    del model[0].bias
+
+
+def reshaped_parameter(model):
+    model[0].bias.data = torch.zeros(5)
+
+
+def frozen_parameter(model):
+    model[1].weight.requires_grad_(False)
+
+
+def tied_parameters(model):
+    model[1].weight = model[0].weight
+
+
+CHANGES = [changed_module, added_parameter, removed_parameter, deleted_parameter, reshaped_parameter]
+CHANGES += [frozen_parameter, tied_parameters]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_no_longer_the_one_averaged_is_refused(backend, change):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    elastic = ElasticReset(model, reset_every=1)
+    elastic.step()
+    change(model)
+    with pytest.raises(ValueError, match="parameter '[01][a-z.]*' was added, removed, replaced"):
+        elastic.step()
+
+
+def test_complex_parameters_take_torchs_way():
+    layer = nn.Linear(2, 2, dtype=torch.complex64)
+    elastic = ElasticReset(layer, decay=0.5, reset_every=1)
+    assert elastic.backend == "foreach" and elastic.step()
 
 
 def test_shards_of_a_dtensor():

@@ -81,6 +81,29 @@ def test_another_runs_averages_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="the checkpoint lies elsewhere"):
         go_on("c")
     assert go_on("c", checkpoint=tmp_path / "a" / "checkpoint-2") == 1
+    policy = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
+    again = ElasticResetCallback(0.5, 3, checkpoint=tmp_path / "a" / "checkpoint-2")
+    trained(policy, tmp_path / "c", again).train(resume_from_checkpoint=True)  # from c's own checkpoint-4
+    assert again.elastic.resets == 2
+
+
+def test_settings_that_cannot_work_are_refused_early(model, tmp_path):
+    with pytest.raises(ValueError, match="decay is 3"):
+        ElasticResetCallback(decay=3)
+    with pytest.raises(ValueError, match="auto_find_batch_size begins again"):
+        trained(model, tmp_path / "a", ElasticResetCallback(), auto_find_batch_size=True).train()
+    with pytest.raises(ValueError, match="`checkpoint` is given, but not resumed from"):
+        trained(model, tmp_path / "b", ElasticResetCallback(checkpoint=tmp_path)).train()
+
+
+def test_damaged_averages_are_named(model, tmp_path):
+    trained(model, tmp_path / "run", ElasticResetCallback()).train()
+    path = tmp_path / "run" / "checkpoint-6" / "elastic_reset.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="elastic_reset.safetensors is damaged"):
+        trained(model, tmp_path / "run", ElasticResetCallback(), max_steps=8).train(
+            resume_from_checkpoint=True
+        )
 
 
 def test_the_same_as_a_loop_of_ones_own(model, tmp_path):
