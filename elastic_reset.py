@@ -297,8 +297,9 @@ def _average_like(p, t):
 
 
 def _is_plain(p):
-    """Whether the kernel takes it: in the CPU's memory, whole, real."""
-    return p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_floating_point()
+    """Whether it may move to a flat buffer and the kernel takes it: on the CPU, whole, real, not shared."""
+    here = p.device.type == "cpu" and not hasattr(p, "to_local")
+    return here and p.is_floating_point() and not p.is_shared()
 
 
 def _flatten(tensors, index):
@@ -465,9 +466,13 @@ class Config:
     max_grad_norm: float = flag(1.0, "longest gradient; longer ones are scaled down", 1e-9)
     early_stop_kl: float = flag(0.0, "end an update once the last minibatch's KL exceeds this; 0: never", 0)
     separate_value_model: bool = flag(False, "instead of a value head on the policy")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "of loaded weights")
+    dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "of loaded weights; in bfloat16 small steps get lost (not an adapter's, which is float32)"
+    )
 
-    kl_coef: float = flag(0.0, "weight of the per-token KL penalty", 0, group="KL penalty")
+    kl_coef: float = flag(
+        0.0, "weight of the per-token KL penalty; --method ppo-kl has its own", 0, group="KL penalty"
+    )
     kl_target: float = flag(0.0, "adapt kl_coef to reach this KL, in nats per response; 0: keep it", 0)
     kl_horizon: int = flag(10_000, "responses within which the adaptation works", 1)
     kl_reference: Literal["init", "ema", "reset"] = flag(
@@ -622,8 +627,8 @@ def whiten(x, mask, total=lambda part: part):
 
 
 def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_value, vf_coef, entropy_coef):
-    """PPO's clipped loss (arXiv 1707.06347, equations 7 and 9), and numbers to watch. `old`: the rollout's
-    logprobs, values, advantages, returns and mask. All (batch, response)."""
+    """PPO's clipped loss (arXiv 1707.06347, equations 7 and 9), and numbers to watch. `old`: the responses'
+    logprobs, values, advantages, returns and mask as sampled. All (batch, response)."""
     mask, advantages = old["mask"], old["advantages"]
     # ratio_t = pi(a_t) / pi_old(a_t);    L_policy = - mean_t min(ratio_t A_t, clip(ratio_t, 1-c, 1+c) A_t)
     log_ratio = new_logprobs - old["logprobs"]
@@ -825,8 +830,6 @@ class TranslationGame:
     }  # fmt: skip
 
     def __init__(self, config: Config):
-        from accelerate import Accelerator
-
         self.config = config
         check_uncut(config, "response_length")  # by the receiver
         data = translation_data(config)
@@ -838,7 +841,7 @@ class TranslationGame:
         self.validation_prompts = [row["fr"] for row in self.validation]
         self.policy, self.tokenizer = seq2seq("sender", config.model, data, config)
         self.receiver, self.receiver_tokenizer = seq2seq("receiver", config.receiver_model, data, config)
-        self.accelerator = Accelerator()
+        self.accelerator = processes()
         self.optimizer = self.accelerator.prepare_optimizer(
             adamw((self.receiver, config.receiver_learning_rate))
         )
@@ -875,8 +878,8 @@ class TranslationGame:
         pairs = chunks(french, human)
         scored = [target_logprobs(self.policy, self.tokenizer, *texts, longest) for texts in pairs]
         logprob, tokens = sum(x.sum() for x, _ in scored), sum(mask.sum() for _, mask in scored)
-        columns, shown = ("French", "human English", "English", "German"), (french, human, english, german)
-        rows = zip(*(texts[:5] for texts in shown), strict=True)
+        columns = ("French", "human English", "human German", "English", "German")
+        rows = zip(*(texts[:5] for texts in (french, human, reference, english, german)), strict=True)
         return dict(
             reward=torch.cat(rewards).mean().item(),
             drift=(-logprob / tokens).item(),
@@ -922,8 +925,10 @@ class MockSentiment:
         self.judge = causal_lm("language model", config.language_model, data, config, seed=1)
         self.reward_model = classifier("classifier", config.reward_model, data, config)
         held_out = data["validation"][: config.eval_size]
-        self.cuts = [self._cut(text) for text, _ in data["train"]]
-        self.validation_prompts = [self._cut(text) for text, _ in held_out]
+        self.cuts, self.validation_prompts = (
+            [cut for cut in (self._cut(text) for text, _ in rows) if cut.strip()]
+            for rows in (data["train"], held_out)
+        )
         self.footnote = self._footnote(held_out)
 
     def _cut(self, text):
@@ -1095,11 +1100,10 @@ def train(config: Config, task: Task | None = None) -> dict:
 
     Raises ValueError for settings or data that cannot be used, FloatingPointError when a reward, a loss or a
     gradient is not finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(**tracking(config))
+    accelerator = processes(**tracking(config))
     run = Run(config, accelerator)
-    task = task or TASKS[config.task](config)
+    task = TASKS[config.task](config) if task is None and config.task in TASKS else task
+    check_task(task)
     model, optimizer = actor_critic(task.policy, config, accelerator)
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
     reference = kl_reference(elastic, config)
@@ -1146,7 +1150,7 @@ def train(config: Config, task: Task | None = None) -> dict:
                 break
         kl_coef.adapt(stats["train_kl"], config.batch_size)
         if hasattr(task, "learn"):  # in translation, the receiver
-            stats |= mean_over_processes(task.learn(prompts, texts) or {}, accelerator)
+            stats |= mean_over_processes(learn(task, prompts, texts), accelerator)
             run.check_finite(**stats)
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
@@ -1156,7 +1160,7 @@ def train(config: Config, task: Task | None = None) -> dict:
         due = update % config.reset_every == 0
         resets = due and config.reset != "none"
         if resets:
-            run.log(update, evaluate(task, model, elastic, config) | stats, "before reset")
+            run.log(update, evaluate(task, model, elastic, config), "before reset", stats)
             elastic.reset()
         if due and config.kl_reference == "reset":
             reference[:] = [p.detach().clone() for p in elastic.params]
@@ -1164,10 +1168,39 @@ def train(config: Config, task: Task | None = None) -> dict:
         # 7. Evaluate and log
         event = "after reset" if resets else ""
         if resets or update % config.eval_every == 0 or update == config.updates:
-            run.log(update, evaluate(task, model, elastic, config) | stats, event)
+            run.log(update, evaluate(task, model, elastic, config), event, stats)
 
+    if run.history[-1]["update"] < config.updates:  # stopped there between two evaluations, and gone on from
+        run.log(config.updates, evaluate(task, model, elastic, config))
     average_after(task, model, elastic, run, config)
     return run.finish(task)
+
+
+def processes(**settings):
+    """accelerate's view of this run's devices and processes; of a CPU's processes it has to be told."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.accelerator.is_available(), **settings)
+
+
+def check_task(task):
+    """ValueError for a task that train() cannot use, see Task."""
+    if task is None:
+        raise ValueError(f"train() got no task: give it task=..., or configure() one of {', '.join(TASKS)}")
+    for name in [*Task.__annotations__, "prompts", "reward", "evaluate"]:
+        if not hasattr(task, name):
+            raise ValueError(f"{type(task).__name__} has no {name}, which Task says train() needs")
+    if not task.validation_prompts:
+        raise ValueError("validation_prompts is empty; expected the prompts to evaluate on")
+    for name in ("model", "optimizer", "elastic", "kl_coef", "reference"):
+        if name in task.trained:
+            raise ValueError(f"trained names {name!r}, as train() does itself; give that another name")
+    pad, size = task.tokenizer.pad_token_id, task.policy.get_input_embeddings().num_embeddings
+    if pad is None or pad >= size:
+        raise ValueError(
+            f"the tokenizer pads with token {pad}, but the policy has {size}: set tokenizer.pad_token to a "
+            "token that it knows, or call policy.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def actor_critic(policy, config, accelerator):
@@ -1175,6 +1208,7 @@ def actor_critic(policy, config, accelerator):
     policy.eval()  # no dropout: the ratio of a policy to itself must be 1
     set_plain_generation(policy, config.min_response_length)
     model = ActorCritic(policy, config.temperature, config.separate_value_model)
+    # evaluation_mode: no DDP around it, which would hide the model's methods; optimizer_step() does its work
     model = accelerator.prepare_model(model, evaluation_mode=True)
     rates = [config.learning_rate, config.value_learning_rate or config.learning_rate]
     groups = zip([model.policy, model.value_parts()], rates, strict=True)
@@ -1188,20 +1222,49 @@ def prompts_of(task, update, config, accelerator):
 
     seed = (config.seed * 1_000_003 + update) * accelerator.num_processes
     set_seed(seed % (2**32 - accelerator.num_processes), device_specific=True)
-    return task.prompts(config.batch_size, update)[accelerator.process_index :: accelerator.num_processes]
+    prompts = list(task.prompts(config.batch_size, update))
+    if len(prompts) != config.batch_size or not all(isinstance(prompt, str) for prompt in prompts):
+        got = f"{len(prompts)} of {type(prompts[0]).__name__ if prompts else 'nothing'}"
+        raise ValueError(f"prompts() gave {got}; expected batch_size ({config.batch_size}) of str")
+    return prompts[accelerator.process_index :: accelerator.num_processes]
 
 
 def respond(task, prompts, config):
     """Samples the policy's responses. The batch: input_ids and attention_mask (batch, prompt), responses and
     mask (batch, response). The texts: the responses decoded."""
-    side = {} if task.policy.config.is_encoder_decoder else dict(padding_side="left")
-    batch = tokens_of(task.tokenizer, prompts, config.max_length, task.policy.device, **side)
+    decoder = not task.policy.config.is_encoder_decoder
+    how = dict(padding_side="left", truncation=False) if decoder else {}
+    longest = None if decoder else config.max_length
+    batch = tokens_of(task.tokenizer, prompts, longest, task.policy.device, **how)
+    if decoder:
+        check_prompts(prompts, batch["attention_mask"], task.policy, config)
     batch["responses"], batch["mask"] = sample(task.policy, batch, config.response_length, config.temperature)
     return batch, response_texts(task.policy, task.tokenizer, batch["input_ids"], batch["responses"])
 
 
+def check_prompts(prompts, mask, policy, config):
+    """ValueError if a decoder cannot go on from one of them."""
+    lengths = mask.sum(1).tolist()
+    if min(lengths) == 0:
+        raise ValueError(
+            f"prompt {prompts[lengths.index(0)]!r} has no tokens; a decoder needs one to go on from"
+        )
+    if max(lengths) > config.max_length:
+        raise ValueError(
+            f"a prompt has {max(lengths)} tokens; expected max_length ({config.max_length}) or less"
+        )
+    longest = max(lengths) + config.response_length
+    positions = getattr(policy.config, "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise ValueError(f"a prompt and response_length are {longest} tokens, but the policy has {positions}")
+
+
 def score(task, prompts, texts):
-    scores = torch.tensor(task.reward(prompts, texts), dtype=torch.float32)
+    rewards = task.reward(prompts, texts)
+    try:
+        scores = torch.as_tensor(rewards, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"reward() gave {_short(rewards)}; expected a list of numbers") from error
     if scores.shape != (len(prompts),):
         shape = tuple(scores.shape)
         raise ValueError(f"reward() gave numbers of shape {shape}; expected one for each of {len(prompts)}")
@@ -1307,18 +1370,40 @@ def evaluate(task, model, elastic, config):
         logprobs, _, _ = logprobs_and_values(model, batch)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
-    metrics = task.evaluate(responses) | {"kl": torch.cat(kl).mean().item()}
-    for name in ("reward", "drift"):
-        if name not in metrics:
-            raise ValueError(f"evaluate() gave no {name!r}; expected numbers by name, that one too")
-    return {name: value if name == "samples" else _number(name, value) for name, value in metrics.items()}
+    return checked(task.evaluate(responses)) | {"kl": torch.cat(kl).mean().item()}
 
 
-def _number(name, value):
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"evaluate() gave {name} {value!r}; expected a number") from error
+def checked(metrics):
+    """What a task's evaluate() gave, its numbers as floats and its samples as text. ValueError for others."""
+    if not isinstance(metrics, dict) or not metrics.keys() >= {"reward", "drift"}:
+        raise ValueError(
+            f"evaluate() gave {_short(metrics)}; expected numbers by name, reward and drift of them"
+        )
+    if taken := metrics.keys() & {"update", "event", "seconds", "kl"}:
+        raise ValueError(f"evaluate() gave {min(taken)!r}, as train() does itself; give that another name")
+    result = {}
+    for name, value in metrics.items():
+        take, expected = (_texts, "a list of {column: text}") if name == "samples" else (float, "a number")
+        try:
+            result[name] = take(value)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"evaluate() gave {name} {_short(value)}; expected {expected}") from error
+    return result
+
+
+def _texts(rows):
+    return [{column: str(text) for column, text in row.items()} for row in rows]
+
+
+def learn(task, prompts, texts):
+    numbers = task.learn(prompts, texts) or {}
+    if not isinstance(numbers, dict):
+        raise ValueError(f"learn() gave {_short(numbers)}; expected numbers by name, or nothing")
+    return numbers
+
+
+def _short(value):
+    return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def average_after(task, model, elastic, run, config):
@@ -1347,6 +1432,8 @@ def compare(methods, seeds, jobs, given):
     first, runs = given.get("seed", 0), {}
     for label, seed in itertools.product(methods, range(first, first + seeds)):
         method, *own = label.split(":")
+        if shared := {"task", "seed", "method", "output_dir", "resume"} & {s.split("=")[0] for s in own}:
+            raise ValueError(f"--compare {label}: {min(shared)} is the comparison's, not a method's own")
         place = folder / label.replace(":", ",") / f"seed{seed}"
         argv = to_argv(given | dict(method=method, seed=seed, resume=True, output_dir=str(place)))
         argv += [word for setting in own for word in f"--{setting}".split("=", 1)]
@@ -1607,7 +1694,7 @@ class Run:
                     f"{self.folder} has done {done} updates, but --updates is {wanted}; give more"
                 )
             self.saved, seconds = self.update, counters["seconds"]
-        elif self.config.resume and self.history_file.exists() and self.accelerator.is_main_process:
+        elif self.config.resume and self.accelerator.is_main_process:
             print(f"{self.folder} holds no checkpoint yet: the run begins anew", file=sys.stderr)
         self.began = time.perf_counter() - seconds
         if self.accelerator.is_main_process:
@@ -1651,12 +1738,16 @@ class Run:
                 good = good if self.saved else "there is no checkpoint yet"
                 raise FloatingPointError(f"update {self.update}: {name} is {value}; {good}")
 
-    def log(self, update, metrics, event=""):
-        """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
-        numbers = {name: value for name, value in metrics.items() if name != "samples"}
+    def log(self, update, metrics, event="", stats=None):
+        """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset.
+        `stats`: training's own numbers; where a metric has the name of one, the metric counts."""
+        numbers, rows = dict(metrics), metrics.get("samples", [])
+        numbers.pop("samples", None)
+        self.check_finite(**numbers)
+        self.check_alike(numbers, rows)
+        numbers |= {name: value for name, value in (stats or {}).items() if name not in numbers}
         seconds = round(time.perf_counter() - self.began, 2)
         self.history.append(dict(update=update, event=event, **numbers, seconds=seconds))
-        rows = [{column: str(text) for column, text in row.items()} for row in metrics.get("samples", [])]
         self.samples.append(dict(update=update, event=event, rows=rows))
         self.write_metrics()
         if self.config.report_to != "none":
@@ -1667,6 +1758,16 @@ class Run:
             text = ", ".join(f"{name} {metrics[name]:{digits}}" for name, digits in shown.items())
             resets = sum(e["event"] == "after reset" for e in self.history)
             self.bar.set_postfix_str(f"{text}, resets {resets}")
+
+    def check_alike(self, numbers, rows):
+        """ValueError if an evaluation has other names or samples than the first: tables could not be made."""
+        first = self.history[0].keys() - {"update", "event", "seconds"} if self.history else set()
+        if gone := first - numbers.keys():
+            raise ValueError(f"evaluate() gave no {min(gone)!r} this time; expected the same names each time")
+        if self.samples and [list(row) for row in rows] != [list(row) for row in self.samples[0]["rows"]]:
+            raise ValueError(
+                "evaluate() gave other samples than first; expected as many rows, the same columns"
+            )
 
     def write_metrics(self):
         if self.accelerator.is_main_process:
@@ -1696,6 +1797,8 @@ class Run:
         for e in self.history:
             if e["event"].startswith("eta"):
                 print(f"mixture, {e['event']}: reward {e['reward']:.3f}, drift {e['drift']:.3f}")
+        if self.config.reset != "none" and self.config.reset_every > self.config.updates:
+            print(f"no reset: reset_every is {self.config.reset_every}, updates {self.config.updates}")
         print(task.footnote)
         files = sorted(path.name + "/" * path.is_dir() for path in self.folder.iterdir())
         print(f"{self.folder}: {', '.join(files)}")
@@ -1986,7 +2089,6 @@ def load_model(role, name, kind, config, lengths=(), new_head=False, **settings)
     from a folder. ValueError if they cannot be used: for texts as long as the settings named in `lengths`
     together or, unless `new_head`, with the head they have."""
     import transformers
-    from accelerate import Accelerator
     from safetensors import SafetensorError
 
     transformers.logging.disable_progress_bar()
@@ -1994,7 +2096,7 @@ def load_model(role, name, kind, config, lengths=(), new_head=False, **settings)
         auto = getattr(transformers, f"AutoModelFor{kind}")
         if config.load_in_8bit:
             eight_bits = transformers.BitsAndBytesConfig(load_in_8bit=True)
-            settings |= dict(quantization_config=eight_bits, device_map={"": Accelerator().device})
+            settings |= dict(quantization_config=eight_bits, device_map={"": processes().device})
         settings |= dict(dtype=getattr(torch, config.dtype), trust_remote_code=False)
         model, found = auto.from_pretrained(name, output_loading_info=True, **settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -2022,7 +2124,7 @@ def load_model(role, name, kind, config, lengths=(), new_head=False, **settings)
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     if positions < longest:
         raise ValueError(f"{role} {name!r} has {positions} positions, too few for {sizes} tokens: lower that")
-    return model if config.load_in_8bit else model.to(Accelerator().device), tokenizer
+    return model if config.load_in_8bit else model.to(processes().device), tokenizer
 
 
 def total_length(config, names):
@@ -2171,7 +2273,6 @@ def pretrained(role, kind, start, tokenizer, examples, loss_of, updates, config,
     """The cached folder of a model trained on `examples`, named by a hash of all that made it. `start`: a
     transformers config, then it begins from scratch, or a model."""
     import transformers
-    from accelerate import Accelerator
 
     settings = "pretrain_batch_size pretrain_learning_rate max_length max_grad_norm load_in_8bit"
     made_of = [role, kind, examples, updates, seed, torch.__version__, repr(start), weights_of(start)]
@@ -2183,7 +2284,7 @@ def pretrained(role, kind, start, tokenizer, examples, loss_of, updates, config,
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
     folder = cache / f"{role.replace(' ', '-')}-{digest}"
     transformers.logging.disable_progress_bar()
-    with Accelerator().main_process_first():
+    with processes().main_process_first():
         if not folder.exists():
             torch.manual_seed(seed)
             auto = getattr(transformers, f"AutoModelFor{kind}")
@@ -2224,10 +2325,9 @@ def merged(model, config):
 
 def fit(model, tokenizer, examples, loss_of, updates, config, what):
     """Minimises `loss_of` on batches of examples: AdamW, a tenth of warm-up, then a linear decay."""
-    from accelerate import Accelerator
     from transformers import get_linear_schedule_with_warmup
 
-    model.to(Accelerator().device).train()
+    model.to(processes().device).train()
     optimizer = adamw((model, config.pretrain_learning_rate))
     schedule = get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
     batches = batches_of_like_length(examples, config.pretrain_batch_size, updates)
@@ -2350,7 +2450,7 @@ def review_data(config):
         refuse_unused(config, "validation_data")
         return toy_reviews()
     parts = train_and_validation(config, "text label")
-    train, validation = (mixed([(row["text"], int(row["label"])) for row in rows]) for rows in parts)
+    train, validation = (mixed([(row["text"].strip(), int(row["label"])) for row in rows]) for rows in parts)
     texts = [text for text, _ in train]
     return dict(train=train, validation=validation, texts=texts, gold=lambda prompts, texts: {})
 
@@ -2936,7 +3036,8 @@ def parse_flags(argv):
 
     class Parser(HfArgumentParser):
         def error(self, message):
-            raise ValueError(message)
+            more = "; --help lists them all, and --compare takes commas without spaces"
+            raise ValueError(message + more * message.startswith("unrecognized"))
 
     metavars = {int: dict(metavar="N"), float: dict(metavar="X"), str: dict(metavar="TEXT")}
     section, sections, known = "", {}, [*fields(Config), *fields(Command)]
@@ -2958,7 +3059,16 @@ def parse_flags(argv):
     parser = Parser(groups, **about)
     given = vars(parser.parse_args(argv))
     if given.get("config"):
-        given = vars(parser.parse_args(to_argv(read_yaml(given["config"])) + argv))
+        file = read_yaml(given["config"])
+        if file.keys() >= {
+            f.name for f in fields(Config)
+        }:  # a run's config.json: then nothing is left to set
+            if twice := {"task", "method", "preset", "compare"} & given.keys():
+                path = given["config"]
+                raise ValueError(f"--{min(twice)} and --config {path}, which names every setting: give one")
+        given = vars(parser.parse_args(to_argv(file) + argv))
+    if {"seeds", "jobs"} & given.keys() and "compare" not in given:
+        raise ValueError("--seeds and --jobs say how many runs --compare makes: give that as well")
     command = Command(**{f.name: given.pop(f.name) for f in fields(Command) if f.name in given})
     for f in fields(Command):
         check_value(f, getattr(command, f.name))

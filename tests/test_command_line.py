@@ -28,6 +28,11 @@ BAD_FLAGS = [
     ("--task translation --preset maxi", "choose from"),
     ("--task translation --reset sometimes", "choose from"),
     ("--task translation --kl_reference last", "choose from"),
+    ("--task translation --seeds 3", "give that as well"),
+    (
+        "--task translation --compare ppo, reinforce",
+        "unrecognized arguments: reinforce; --help lists them all",
+    ),
     ("--task translation --no_such_flag 1", "unrecognized arguments: --no_such_flag"),
     ("--task translation --updates", "expected one argument"),
     ("--task translation --updates ten", "invalid int value: 'ten'"),
@@ -64,6 +69,7 @@ BAD_FLAGS = [
     ("--task translation --compare ppo,sgd", "method is 'sgd'; expected one of"),
     ("--task translation --compare ppo:kl_coef", "kl_coef"),
     ("--task translation --compare ppo:kl_coef=much", "invalid float value: 'much'"),
+    ("--task translation --compare ppo:seed=7", "--compare ppo:seed=7: seed is the comparison's"),
     ("--task translation --compare ppo --seeds 0", "seeds is 0; expected 1 or more"),
     ("--task translation --compare ppo --jobs 0", "jobs is 0"),
     ("--task translation --config nowhere.yaml", "--config nowhere.yaml cannot be read"),
@@ -201,6 +207,8 @@ def test_a_run_is_repeated_by_its_config(tiny, tmp_path, capsys):
     assert main(["--config", str(tmp_path / "run" / "config.json"), "--output_dir", again]) == 0
     saved = [json.loads((tmp_path / run / "config.json").read_text()) for run in ("run", "again")]
     assert saved[0] | dict(output_dir=again) == saved[1]
+    assert main(["--config", str(tmp_path / "run" / "config.json"), "--method", "ppo"]) == 2
+    assert "which names every setting: give one" in capsys.readouterr().err
     end = elastic_reset.read_history(tmp_path / "again")[-1]
     assert end["reward"] == first["end"]["reward"] and end["kl"] == first["end"]["kl"]
 

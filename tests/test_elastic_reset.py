@@ -329,6 +329,12 @@ def test_a_model_that_is_no_longer_the_one_averaged_is_refused(backend, change):
         elastic.step()
 
 
+def test_shared_parameters_stay_shared():
+    model = filled(nn.Linear(2, 2), 1.0).share_memory()
+    elastic = ElasticReset(model, decay=0.5, reset_every=1)
+    assert elastic.step() and elastic.backend == "foreach" and model.weight.is_shared()
+
+
 def test_complex_parameters_take_torchs_way():
     layer = nn.Linear(2, 2, dtype=torch.complex64)
     elastic = ElasticReset(layer, decay=0.5, reset_every=1)

@@ -1,6 +1,7 @@
 """Rooms 4 and 6: the loop, checkpoints, interruptions, what a run leaves behind."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -301,9 +302,19 @@ def test_decoders_are_prompted_from_the_left():
 SHORT = dict(updates=1, response_length=6, batch_size=4, mini_batch_size=4)
 
 
+FINE = dict(reward=1.0, drift=1.0)
+
+
 @pytest.mark.parametrize(
     "metrics, message",
-    [(dict(reward=1.0), "gave no 'drift'"), (dict(reward="high", drift=1), "gave reward 'high'; expected a")],
+    [
+        (None, "gave NoneType 'None'; expected numbers by name"),
+        (dict(reward=1.0), "reward and drift of them"),
+        (FINE | dict(reward="high"), "gave reward str 'high'; expected a number"),
+        (FINE | dict(kl=3.0), "gave 'kl', as train"),
+        (FINE | dict(seconds=3.0), "gave 'seconds', as train"),
+        (FINE | dict(samples=["a"]), "expected a list of {column: text}"),
+    ],
 )
 def test_an_evaluation_is_checked_before_training(tmp_path, metrics, message):
     task = Vowels()
@@ -311,6 +322,87 @@ def test_an_evaluation_is_checked_before_training(tmp_path, metrics, message):
     with pytest.raises(ValueError, match=message):
         train(configure(output_dir=str(tmp_path), **SHORT), task=task)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "first, later, error, message",
+    [
+        (dict(acc=1), {}, ValueError, "gave no 'acc' this time"),
+        (dict(samples=[dict(a=1)]), dict(samples=[]), ValueError, "gave other samples than first"),
+        (dict(samples=[dict(a=1)]), dict(samples=[dict(b=1)]), ValueError, "gave other samples than first"),
+        ({}, dict(drift=math.nan), FloatingPointError, "drift is nan"),
+    ],
+)
+def test_later_evaluations_are_checked_too(tmp_path, first, later, error, message):
+    task, answers = Vowels(), iter([FINE | first, FINE | later])
+    task.evaluate = lambda responses: next(answers)
+    with pytest.raises(error, match=message):
+        train(configure(output_dir=str(tmp_path), **SHORT), task=task)
+
+
+def test_a_metric_with_the_name_of_one_of_trainings_counts(tmp_path):
+    task = Vowels()
+    task.evaluate = lambda responses: FINE | dict(entropy=-5)
+    end = train(configure(output_dir=str(tmp_path), **SHORT), task=task)["end"]
+    assert end["entropy"] == -5 and "policy_loss" in end
+
+
+UNUSABLE = {
+    "no footnote": (dict(footnote=None), "Vowels has no footnote"),
+    "no validation prompts": (dict(validation_prompts=[]), "validation_prompts is empty"),
+    "a taken name": (dict(trained=dict(optimizer=None)), "trained names 'optimizer', as train"),
+    "too few prompts": (dict(prompts=lambda n, update: ["b"]), "1 of str; expected batch_size .4. of str"),
+    "no text": (dict(prompts=lambda n, update: [3] * n), "4 of int; expected batch_size .4. of str"),
+    "an empty prompt": (dict(prompts=lambda n, update: ["b", "", "b", "b"]), "prompt '' has no tokens"),
+    "a long prompt": (dict(prompts=lambda n, update: ["b " * 65] * n), "has 66 tokens; expected max_length"),
+    "no positions": (dict(prompts=lambda n, update: ["b " * 30] * n), "are 37 tokens, but the policy has 32"),
+    "no numbers": (
+        dict(reward=lambda prompts, responses: [None] * 4),
+        "gave list .*; expected a list of num",
+    ),
+    "a generator": (dict(reward=lambda prompts, responses: (1 for _ in prompts)), "expected a list of num"),
+    "a number": (dict(learn=lambda prompts, responses: 3), "learn.. gave int '3'; expected numbers by name"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_tasks(tmp_path, name, monkeypatch):
+    changes, message = UNUSABLE[name]
+    task = Vowels()
+    task.evaluate = lambda responses: FINE
+    if name == "no footnote":
+        monkeypatch.delattr(Vowels, "footnote")
+    else:
+        vars(task).update(changes)
+    if name == "an empty prompt":
+        task.tokenizer = elastic_reset.train_tokenizer(["a b c d e"], 0, 16, append_eos=False)
+    with pytest.raises(ValueError, match=message):
+        train(configure(output_dir=str(tmp_path), **SHORT), task=task)
+
+
+def test_a_tokenizer_that_pads_with_an_unknown_token(tmp_path):
+    task = Vowels()
+    task.tokenizer.add_special_tokens(dict(pad_token="<new>"))
+    with pytest.raises(ValueError, match="pads with token 8, but the policy has 8"):
+        train(configure(output_dir=str(tmp_path), **SHORT), task=task)
+
+
+def test_no_task(tmp_path):
+    with pytest.raises(ValueError, match="got no task"):
+        train(configure(output_dir=str(tmp_path), **SHORT))
+
+
+def test_a_run_stopped_between_evaluations_ends_in_one(tiny, tmp_path, capsys):
+    train(configure(**tiny | dict(updates=3, save_every=1)))
+    (tmp_path / "run" / "samples.md").unlink()  # as if stopped after update 3
+    checkpoint = tmp_path / "run" / "checkpoint" / "state.safetensors"
+    counters, tensors = elastic_reset.read_checkpoint(checkpoint)
+    counters["history"] = [line for line in counters["history"] if line["update"] < 3]
+    elastic_reset.write_safetensors(checkpoint, tensors, counters)
+    result = train(configure(**tiny | dict(updates=3, save_every=1, resume=True)))
+    assert result["end"]["update"] == 3 and result["end"]["kl"] != 0
+    train(configure(**tiny | dict(reset_every=99, output_dir=str(tmp_path / "none"))))
+    assert "no reset: reset_every is 99, updates 4" in capsys.readouterr().out
 
 
 def test_numbers_and_samples_of_other_types(tmp_path):
@@ -337,7 +429,7 @@ def test_two_processes(tiny, tmp_path):
     """Two gloo processes share the batch, pretrain once, end with one policy, and resume exactly."""
     flags = tiny | dict(kl_coef=0.1, kl_target=1e-3, kl_horizon=100, d_model=24)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(place, updates):
         own = flags | dict(output_dir=str(tmp_path / place), updates=updates, resume=True)
