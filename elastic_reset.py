@@ -104,7 +104,8 @@ class ElasticReset:
     communication.
 
     Raises ValueError for a decay outside [0, 1], a reset_every below 1, an unknown reset, nothing to train
-    or, at a reset, other parameters to train than those averaged; TypeError for what is no parameter.
+    or, when step() resets, other parameters to train than those averaged; TypeError for what is no
+    parameter.
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
@@ -112,7 +113,8 @@ class ElasticReset:
         self.decay, self.reset_every, self.rule = decay, int(reset_every), reset
         self._model = model if isinstance(model, nn.Module) else list(model)
         self.names, self.params, self._modules, self._leaves = _trainable(self._model)
-        self.init = [_average_like(p, _local(p)).clone() for p in self.params]
+        contiguous = dict(memory_format=torch.contiguous_format)
+        self.init = [_average_like(p, _local(p)).clone(**contiguous) for p in self.params]
         self.ema = [i.clone() for i in self.init]
         self.updates = self.resets = 0
         self._attach()
@@ -213,6 +215,7 @@ class ElasticReset:
             tensor.copy_(state[name])
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _attach(self) -> None:
         """Puts ema and init where the parameters are; on the CPU, lays all three out in flat buffers."""
@@ -220,7 +223,8 @@ class ElasticReset:
         for average in (self.ema, self.init):  # the lists stay the same objects: others may hold them
             average[:] = [_average_like(p, a) for p, a in zip(policy, average, strict=True)]
         self._flat = []
-        if ema_kernel and all(map(_is_plain, self.params)):
+        starts = [p.data_ptr() for p in policy if p.numel()]
+        if ema_kernel and all(map(_is_plain, self.params)) and len(set(starts)) == len(starts):
             for dtype in dict.fromkeys(p.dtype for p in self.params):
                 index = [i for i, p in enumerate(self.params) if p.dtype == dtype]
                 flat_policy = _flatten(policy, index)
@@ -1190,12 +1194,13 @@ def check_task(task):
     for name in [*Task.__annotations__, "prompts", "reward", "evaluate"]:
         if not hasattr(task, name):
             raise ValueError(f"{type(task).__name__} has no {name}, which Task says train() needs")
-    if not task.validation_prompts:
+    if len(task.validation_prompts) == 0:
         raise ValueError("validation_prompts is empty; expected the prompts to evaluate on")
     for name in ("model", "optimizer", "elastic", "kl_coef", "reference"):
         if name in task.trained:
             raise ValueError(f"trained names {name!r}, as train() does itself; give that another name")
-    pad, size = task.tokenizer.pad_token_id, task.policy.get_input_embeddings().num_embeddings
+    pad, embeddings = task.tokenizer.pad_token_id, task.policy.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", math.inf)  # adapters wrap them
     if pad is None or pad >= size:
         raise ValueError(
             f"the tokenizer pads with token {pad}, but the policy has {size}: set tokenizer.pad_token to a "
@@ -1253,10 +1258,13 @@ def check_prompts(prompts, mask, policy, config):
         raise ValueError(
             f"a prompt has {max(lengths)} tokens; expected max_length ({config.max_length}) or less"
         )
-    longest = max(lengths) + config.response_length
+    longest = max(lengths) + config.response_length - 1  # nothing follows the last token
     positions = getattr(policy.config, "max_position_embeddings", None) or longest
-    if longest > positions:
-        raise ValueError(f"a prompt and response_length are {longest} tokens, but the policy has {positions}")
+    if longest > positions > 0:
+        raise ValueError(
+            f"a prompt and its response take {longest} positions, but the policy has {positions} (if it can "
+            "do more, set policy.config.max_position_embeddings)"
+        )
 
 
 def score(task, prompts, texts):
@@ -1268,7 +1276,7 @@ def score(task, prompts, texts):
     if scores.shape != (len(prompts),):
         shape = tuple(scores.shape)
         raise ValueError(f"reward() gave numbers of shape {shape}; expected one for each of {len(prompts)}")
-    return scores
+    return scores.detach()
 
 
 def kl_reference(elastic, config):
@@ -1744,7 +1752,11 @@ class Run:
         numbers, rows = dict(metrics), metrics.get("samples", [])
         numbers.pop("samples", None)
         self.check_finite(**numbers)
-        self.check_alike(numbers, rows)
+        first = [set(row) for row in self.samples[0]["rows"]] if self.samples else []
+        if [set(row) for row in rows[: len(first)]] != first:
+            raise ValueError(
+                "evaluate() gave other samples than first; expected as many rows, the same columns"
+            )
         numbers |= {name: value for name, value in (stats or {}).items() if name not in numbers}
         seconds = round(time.perf_counter() - self.began, 2)
         self.history.append(dict(update=update, event=event, **numbers, seconds=seconds))
@@ -1758,16 +1770,6 @@ class Run:
             text = ", ".join(f"{name} {metrics[name]:{digits}}" for name, digits in shown.items())
             resets = sum(e["event"] == "after reset" for e in self.history)
             self.bar.set_postfix_str(f"{text}, resets {resets}")
-
-    def check_alike(self, numbers, rows):
-        """ValueError if an evaluation has other names or samples than the first: tables could not be made."""
-        first = self.history[0].keys() - {"update", "event", "seconds"} if self.history else set()
-        if gone := first - numbers.keys():
-            raise ValueError(f"evaluate() gave no {min(gone)!r} this time; expected the same names each time")
-        if self.samples and [list(row) for row in rows] != [list(row) for row in self.samples[0]["rows"]]:
-            raise ValueError(
-                "evaluate() gave other samples than first; expected as many rows, the same columns"
-            )
 
     def write_metrics(self):
         if self.accelerator.is_main_process:
@@ -1982,7 +1984,7 @@ def on_one_line(text):
 def before_and_after(start, end):
     """The table at the end of a run: every metric of the start, then and now."""
     rows = [("", "start", f"update {end['update']} {end['event']}".strip())]
-    names = [name for name in start if name not in ("update", "event", "seconds")]
+    names = [name for name in start if name in end and name not in ("update", "event", "seconds")]
     rows += [(name, f"{start[name]:.3f}", f"{end[name]:.3f}") for name in names]
     return "\n".join(f"{name:<10}{before:>10}   {after}" for name, before, after in rows)
 
@@ -3063,9 +3065,12 @@ def parse_flags(argv):
         if file.keys() >= {
             f.name for f in fields(Config)
         }:  # a run's config.json: then nothing is left to set
-            if twice := {"task", "method", "preset", "compare"} & given.keys():
+            kinds = {
+                n for n in ("task", "method", "preset", "compare") if given.get(n, file.get(n)) != file.get(n)
+            }
+            if kinds:
                 path = given["config"]
-                raise ValueError(f"--{min(twice)} and --config {path}, which names every setting: give one")
+                raise ValueError(f"--{min(kinds)} and --config {path}, which names every setting: give one")
         given = vars(parser.parse_args(to_argv(file) + argv))
     if {"seeds", "jobs"} & given.keys() and "compare" not in given:
         raise ValueError("--seeds and --jobs say how many runs --compare makes: give that as well")

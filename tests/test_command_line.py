@@ -207,6 +207,9 @@ def test_a_run_is_repeated_by_its_config(tiny, tmp_path, capsys):
     assert main(["--config", str(tmp_path / "run" / "config.json"), "--output_dir", again]) == 0
     saved = [json.loads((tmp_path / run / "config.json").read_text()) for run in ("run", "again")]
     assert saved[0] | dict(output_dir=again) == saved[1]
+    same = ["--task", "translation", "--resume", "true", "--output_dir", again]
+    assert main(["--config", str(tmp_path / "run" / "config.json"), *same]) == 0
+    capsys.readouterr()
     assert main(["--config", str(tmp_path / "run" / "config.json"), "--method", "ppo"]) == 2
     assert "which names every setting: give one" in capsys.readouterr().err
     end = elastic_reset.read_history(tmp_path / "again")[-1]

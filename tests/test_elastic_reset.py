@@ -335,6 +335,30 @@ def test_shared_parameters_stay_shared():
     assert elastic.step() and elastic.backend == "foreach" and model.weight.is_shared()
 
 
+def test_parameters_on_the_same_memory_stay_there(backend):
+    one = nn.Parameter(torch.zeros(3))
+    other = nn.Parameter(one.data)
+    ElasticReset([one, other])
+    one.data.add_(1)
+    assert values_of([other]) == {1.0}
+
+
+def test_attaching_in_inference_mode(backend):
+    model = filled(nn.Linear(2, 2), 1.0)
+    elastic = ElasticReset(model)
+    model.double()
+    with torch.inference_mode(), elastic.averaged():
+        model(torch.ones(1, 2, dtype=torch.float64))
+    model(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+
+
+def test_averages_of_transposed_parameters_can_be_saved(backend, tmp_path):
+    elastic = ElasticReset([nn.Parameter(torch.arange(6.0).view(2, 3).t())], decay=0.5)
+    elastic.update()
+    save_file(elastic.state_dict(), tmp_path / "elastic.safetensors")
+    assert torch.equal(load_file(tmp_path / "elastic.safetensors")["ema.0"], elastic.params[0])
+
+
 def test_complex_parameters_take_torchs_way():
     layer = nn.Linear(2, 2, dtype=torch.complex64)
     elastic = ElasticReset(layer, decay=0.5, reset_every=1)

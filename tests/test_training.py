@@ -327,7 +327,6 @@ def test_an_evaluation_is_checked_before_training(tmp_path, metrics, message):
 @pytest.mark.parametrize(
     "first, later, error, message",
     [
-        (dict(acc=1), {}, ValueError, "gave no 'acc' this time"),
         (dict(samples=[dict(a=1)]), dict(samples=[]), ValueError, "gave other samples than first"),
         (dict(samples=[dict(a=1)]), dict(samples=[dict(b=1)]), ValueError, "gave other samples than first"),
         ({}, dict(drift=math.nan), FloatingPointError, "drift is nan"),
@@ -338,6 +337,26 @@ def test_later_evaluations_are_checked_too(tmp_path, first, later, error, messag
     task.evaluate = lambda responses: next(answers)
     with pytest.raises(error, match=message):
         train(configure(output_dir=str(tmp_path), **SHORT), task=task)
+
+
+def test_what_may_differ_between_evaluations(tmp_path, capsys):
+    task = Vowels()
+    answers = [dict(acc=1, samples=[dict(a=1, b=2)]), dict(samples=[dict(b=3, a=1)])]
+    answers = iter([FINE | answer for answer in answers])
+    task.evaluate = lambda responses: next(answers)
+    task.reward = lambda prompts, responses: torch.ones(len(prompts), requires_grad=True) * 2
+    end = train(configure(output_dir=str(tmp_path), **SHORT), task=task)["end"]
+    assert "acc" not in end and "acc" not in capsys.readouterr().out
+    assert "| 1 | **3** |" in (tmp_path / "samples.md").read_text()
+
+
+def test_an_adapter_of_the_embeddings(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    task = Vowels()
+    task.policy = get_peft_model(task.policy, LoraConfig(r=2, target_modules=["c_attn", "wte"]))
+    task.evaluate = lambda responses: FINE
+    assert train(configure(output_dir=str(tmp_path), **SHORT), task=task)["end"]["kl"] != 0
 
 
 def test_a_metric_with_the_name_of_one_of_trainings_counts(tmp_path):
@@ -355,7 +374,10 @@ UNUSABLE = {
     "no text": (dict(prompts=lambda n, update: [3] * n), "4 of int; expected batch_size .4. of str"),
     "an empty prompt": (dict(prompts=lambda n, update: ["b", "", "b", "b"]), "prompt '' has no tokens"),
     "a long prompt": (dict(prompts=lambda n, update: ["b " * 65] * n), "has 66 tokens; expected max_length"),
-    "no positions": (dict(prompts=lambda n, update: ["b " * 30] * n), "are 37 tokens, but the policy has 32"),
+    "no positions": (
+        dict(prompts=lambda n, update: ["b " * 30] * n),
+        "take 36 positions, but the policy has 32",
+    ),
     "no numbers": (
         dict(reward=lambda prompts, responses: [None] * 4),
         "gave list .*; expected a list of num",
