@@ -206,7 +206,7 @@ class ElasticReset:
             {n: getattr(t, "shape", None) for n, t in tensors.items()} for tensors in (state, own)
         )
         if shapes != expected:
-            name = min(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
+            name = _first_difference(shapes, expected)
             raise ValueError(
                 f"the state is another policy's: {name!r} does not fit this one (a compiled or wrapped "
                 "module names its parameters differently: give the module inside)"
@@ -252,11 +252,16 @@ class ElasticReset:
         now = {n: (id(p), _local(p).shape) for n, p in zip(names, params, strict=True)}
         own = {n: (id(p), i.shape) for n, p, i in zip(self.names, self.params, self.init, strict=True)}
         if now != own:
-            name = min(n for n in now.keys() | own.keys() if now.get(n) != own.get(n))
+            name = _first_difference(now, own)
             raise ValueError(
                 f"parameter {name!r} was added, removed, replaced, reshaped, tied, untied, frozen or "
                 "unfrozen since the averages began: make a new ElasticReset"
             )
+
+
+def _first_difference(a, b):
+    """The first name, in alphabetical order, under which two dictionaries do not hold the same."""
+    return min(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def _check_settings(decay, reset_every, reset):
@@ -522,9 +527,9 @@ class Config:
             check_value(f, getattr(self, f.name))
         if self.d_model % 4:
             raise ValueError(f"d_model is {self.d_model}; expected a multiple of 4")
+        both, method = "the preset may have set one of them: give both", METHODS.get(self.method, {})
         if self.min_response_length > self.response_length:
             value, most = self.min_response_length, self.response_length
-            both = "the preset may have set one of them: give both"
             raise ValueError(
                 f"min_response_length is {value}; expected response_length ({most}) or less; {both}"
             )
@@ -532,16 +537,14 @@ class Config:
             raise ValueError(
                 "kl_target adapts kl_coef, but kl_coef is 0; give it a value to begin with, such as 0.05"
             )
-        if METHODS.get(self.method, {}).keys() & NO_KL.keys() == {"kl_reference"} and not self.kl_coef:
+        if "kl_reference" in method and "kl_coef" not in method and not self.kl_coef:
             raise ValueError(f"method {self.method} is a KL penalty, but kl_coef is 0; try --kl_coef 0.05")
         if self.kl_reference != "init" and not self.kl_coef:
             expected = "expected init as long as kl_coef is 0; or try --kl_coef 0.05"
             raise ValueError(f"kl_reference is {self.kl_reference}; {expected}")
         if self.mini_batch_size > self.batch_size:
-            most, both = self.batch_size, "the preset may have set one of them: give both"
-            raise ValueError(
-                f"mini_batch_size is {self.mini_batch_size}; expected batch_size ({most}) or less; {both}"
-            )
+            value, most = self.mini_batch_size, self.batch_size
+            raise ValueError(f"mini_batch_size is {value}; expected batch_size ({most}) or less; {both}")
 
 
 def check_value(f, value):
@@ -1026,7 +1029,7 @@ class TechnicalQA:
         self.policy = lora(base, "CAUSAL_LM", config, config.seed)
         kind = "SequenceClassification"
         self.reward_model = load_model("reward model", reward_model, kind, config, lengths, num_labels=1)
-        self.longest = min(2 * config.max_length, self.reward_model[0].config.max_position_embeddings)
+        self.longest = min(2 * config.max_length, max_positions(self.reward_model[0]))
         self.questions = [question for question in data["questions"] if self._fits(question)]
         held_out = [pair for pair in data["validation"] if self._fits(pair[0])][: config.eval_size]
         if not (self.questions and held_out):
@@ -1259,8 +1262,8 @@ def check_prompts(prompts, mask, policy, config):
             f"a prompt has {max(lengths)} tokens; expected max_length ({config.max_length}) or less"
         )
     longest = max(lengths) + config.response_length - 1  # nothing follows the last token
-    positions = getattr(policy.config, "max_position_embeddings", None) or longest
-    if longest > positions > 0:
+    positions = max_positions(policy)
+    if longest > positions:
         raise ValueError(
             f"a prompt and its response take {longest} positions, but the policy has {positions} (if it can "
             "do more, set policy.config.max_position_embeddings)"
@@ -1478,8 +1481,10 @@ def run_apart(argv, config, threads):
     with open(folder / "run.log", "w", encoding="utf-8") as log:
         settings = dict(stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
         code = subprocess.run([sys.executable, __file__, *argv], check=False, **settings).returncode
+    if code == 0:
+        return ""
     last = (folder / "run.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
-    return f"that in {folder}: {''.join(last)} (see run.log there)" if code else ""
+    return f"that in {folder}: {''.join(last)} (see run.log there)"
 
 
 def commit():
@@ -2039,7 +2044,7 @@ def perplexity(model, tokenizer, prompts, responses, window=1024, stride=512):
     """exp of the mean negative log-likelihood of a token of the responses behind their prompts; of nothing at
     all the vocabulary's size. Long texts go through in windows, each `stride` tokens after the one before,
     where only new tokens count."""
-    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    window = min(window, max_positions(model))
     stride, pieces, total, count = min(stride, window // 2), [], 0.0, 0
     for prompt, response in zip(prompts, responses, strict=True):
         tokens = tokenizer(prompt, verbose=False)["input_ids"]
@@ -2123,10 +2128,16 @@ def load_model(role, name, kind, config, lengths=(), new_head=False, **settings)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         set_plain_generation(model)
     longest, sizes = total_length(config, lengths)
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    positions = max_positions(model)
     if positions < longest:
         raise ValueError(f"{role} {name!r} has {positions} positions, too few for {sizes} tokens: lower that")
     return model if config.load_in_8bit else model.to(processes().device), tokenizer
+
+
+def max_positions(model):
+    """The longest text that a model takes, in tokens; many have no limit."""
+    positions = getattr(model.config, "max_position_embeddings", None) or -1
+    return positions if positions > 0 else math.inf
 
 
 def total_length(config, names):
@@ -3061,17 +3072,7 @@ def parse_flags(argv):
     parser = Parser(groups, **about)
     given = vars(parser.parse_args(argv))
     if given.get("config"):
-        file = read_yaml(given["config"])
-        if file.keys() >= {
-            f.name for f in fields(Config)
-        }:  # a run's config.json: then nothing is left to set
-            kinds = {
-                n for n in ("task", "method", "preset", "compare") if given.get(n, file.get(n)) != file.get(n)
-            }
-            if kinds:
-                path = given["config"]
-                raise ValueError(f"--{min(kinds)} and --config {path}, which names every setting: give one")
-        given = vars(parser.parse_args(to_argv(file) + argv))
+        given = vars(parser.parse_args(to_argv(flags_of_file(given)) + argv))
     if {"seeds", "jobs"} & given.keys() and "compare" not in given:
         raise ValueError("--seeds and --jobs say how many runs --compare makes: give that as well")
     command = Command(**{f.name: given.pop(f.name) for f in fields(Command) if f.name in given})
@@ -3096,6 +3097,17 @@ def to_argv(flags):
         words = [str(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
         argv += [f"--{name}", *words] if words else []
     return argv
+
+
+def flags_of_file(given):
+    """The flags in the file that --config names. ValueError if that is a run's config.json, which leaves
+    nothing to set, and other flags would change what the run is."""
+    path, flags = given["config"], read_yaml(given["config"])
+    if flags.keys() >= {f.name for f in fields(Config)}:
+        for name in ("task", "method", "preset", "compare"):
+            if given.get(name, flags.get(name)) != flags.get(name):
+                raise ValueError(f"--{name} and --config {path}, which names every setting: give one")
+    return flags
 
 
 def read_yaml(path):
