@@ -1,4 +1,4 @@
-"""Fused in-place exponential moving average and reset over flat CPU buffers."""
+"""Fused in-place exponential moving average and reset of parameters on the CPU."""
 
 from pkgutil import extend_path
 

@@ -6,11 +6,12 @@
     python ema_kernel/bench.py --read FILE --plot FILE.png       draw kept figures again
 
 Each round builds every competitor anew on a model of its own, in shuffled order, warms it up, times it, and
-drops it, so that all of them meet the same machine. Reported: the median over rounds of the seconds an update
-takes; gigabytes a second over the bytes that a fused update must move; and the share of the limit, which is
-the fastest of several kernels that read two buffers and write one, over as many bytes, in the same rounds.
-Peers that are not installed (pip install '.[bench]') and models too large for the free memory are listed as
-skipped; models above half a billion parameters have three rounds.
+drops it, so that all of them meet the same machine. Reported are the median over rounds of the seconds a call
+takes, the gigabytes a second over the bytes that a fused update must move, and the share of the limit. The
+limit is the fastest of several kernels that read two buffers and write one, over as many bytes, in the same
+rounds. A second set of tables times each update once per step of a training loop, where torch's threads have
+just worked and are still awake. Peers that are not installed (pip install '.[bench]') and models too large
+for the free memory are listed as skipped; models above half a billion parameters have three rounds.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 
@@ -49,6 +51,12 @@ CASES = {
     "lora": ("LoRA r16 on a 7B model", [(16, 4096), (4096, 16)] * 64),
     "gpt2": ("GPT-2 124M", gpt2(50257, 1024, 768, 12)),
     "1b": ("a 1B-parameter GPT-2", gpt2(50257, 1024, 1536, 34)),
+}
+LOOPS = {
+    "1M": gpt2(512, 128, 128, 5),
+    "10M": gpt2(2000, 256, 320, 7),
+    "30M": gpt2(6000, 512, 512, 8),
+    "124M": gpt2(50257, 1024, 768, 12),
 }
 LARGE = 500_000_000  # parameters from which a model has few rounds
 GROWTH = [1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000, 1_000_000_000]
@@ -172,6 +180,7 @@ def two_foreach_copies(policy):
     return lambda: (torch._foreach_copy_(params, ema), torch._foreach_copy_(ema, init))
 
 
+IN_A_LOOP = ["ElasticReset", "torch._foreach_lerp_", "lerp_ on flat buffers"]
 RESETS = {
     "ElasticReset": our_reset,
     "copy_ twice, flat": two_copies,
@@ -198,7 +207,7 @@ def limits(bytes_moved: int, device: str) -> dict:
         from ema_kernel import update
 
         threads = torch.get_num_threads()
-        kernels["limit: ema_kernel"] = lambda a, b: update(a.numpy(), b.numpy(), DECAY, threads)
+        kernels["limit: ema_kernel"] = lambda a, b: update(a.numpy(), [b.numpy()], DECAY, threads)
     return {name: over(kernel) for name, kernel in kernels.items()}
 
 
@@ -217,8 +226,9 @@ def seconds_of(step, device: str, at_least: float = 0.03) -> float:
         return (time.perf_counter() - started) / calls
 
     run(2)
-    once = run(1)
-    return run(max(1, round(at_least / once)))
+    calls = max(1, round(at_least / run(1)))
+    run(calls)  # until torch's threads, which building the model woke, sleep again or are at work
+    return run(calls)
 
 
 def interleaved(competitors: dict, shapes, dtype, device: str, rounds: int) -> tuple[dict, dict]:
@@ -254,21 +264,48 @@ def compare(what: str, case: str, dtype: str, threads: int, device: str, rounds:
     """One table: every competitor on one case, fastest first."""
     torch.set_num_threads(threads)
     title, shapes = CASES[case]
-    parameters, policy_bytes = count(shapes), DTYPES[dtype].itemsize
-    bytes_moved = parameters * ((8 if what == "update" else 12) + policy_bytes)
+    bytes_moved = count(shapes) * ((8 if what == "update" else 12) + DTYPES[dtype].itemsize)
     competitors = UPDATES | limits(bytes_moved, device) if what == "update" else RESETS
     samples, skipped = interleaved(competitors, shapes, DTYPES[dtype], device, rounds)
-    setting = {"what": what, "case": case, "title": title, "parameters": parameters}
+    setting = {"what": what, "case": case, "title": title, "parameters": count(shapes)}
     setting |= {"dtype": dtype, "device": device, "threads": threads}
+    return ranked(setting, samples, bytes_moved), skipped
+
+
+def ranked(setting: dict, samples: dict, bytes_moved: int) -> list[dict]:
+    """One row of figures for each competitor, fastest first."""
     seconds = {name: statistics.median(times) for name, times in samples.items()}
     limit = min((seconds[name] for name in seconds if name.startswith("limit")), default=math.nan)
-    rows = [
+    return [
         setting
         | {"name": name, "seconds": seconds[name], "samples": samples[name]}
         | {"gigabytes_per_second": bytes_moved / seconds[name] / 1e9, "of_limit": limit / seconds[name]}
         for name in sorted(seconds, key=seconds.get)
     ]
-    return rows, skipped
+
+
+def loop(size: str, dtype: str, threads: int, rounds: int) -> list[dict]:
+    """One table: an update where it really stands, behind matrix products and an optimizer's step."""
+    torch.set_num_threads(threads)
+    policy = Policy(LOOPS[size], DTYPES[dtype], "cpu")
+    for p in policy.parameters():
+        p.grad = torch.full_like(p, 0.01)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
+    steps = {name: UPDATES[name](policy) for name in IN_A_LOOP}
+    samples, batch = {name: [] for name in steps}, torch.randn(512, 512)
+    parameters = count(LOOPS[size])
+    calls = rounds * max(3, 30_000_000 // parameters)
+    for turn in range(calls):
+        for name in random.Random(turn).sample(list(steps), len(steps)):
+            for _ in range(3):
+                batch = (batch @ batch).clamp(-1, 1)  # the forward and backward passes
+            optimizer.step()
+            started = time.perf_counter()
+            steps[name]()
+            samples[name].append(time.perf_counter() - started)
+    setting = {"what": "loop", "case": size, "title": f"a GPT-2 of {size} in a training loop"}
+    setting |= {"parameters": parameters, "dtype": dtype, "device": "cpu", "threads": threads}
+    return ranked(setting, samples, parameters * (8 + DTYPES[dtype].itemsize))
 
 
 def growth(sizes: list[int], threads: int, rounds: int) -> list[dict]:
@@ -284,32 +321,6 @@ def growth(sizes: list[int], threads: int, rounds: int) -> list[dict]:
         seconds = statistics.median(times)
         rows.append({"parameters": size, "threads": threads, "seconds": seconds, "samples": times})
         print(f"  {size:>13,} parameters {seconds * 1e3:9.3f} ms {seconds / size * 1e9:6.3f} ns each")
-    return rows
-
-
-def loop(sizes: list[int], threads: int, rounds: int) -> list[dict]:
-    """An update where it really stands: between other work of torch, whose threads keep their cores busy."""
-    from ema_kernel import update
-
-    torch.set_num_threads(threads)
-    kernels = {
-        "lerp_ on flat buffers": lambda a, b: a.lerp_(b, 1 - DECAY),
-        "ema_kernel": lambda a, b: update(a.numpy(), b.numpy(), DECAY, threads),
-    }
-    rows, batch = [], torch.randn(512, 512)
-    for size in sizes:
-        ema, policy = (torch.full((size,), 0.5) for _ in range(2))
-        samples = {name: [] for name in kernels}
-        for name in random.Random(0).sample(list(kernels) * 10 * rounds, 20 * rounds):
-            batch = (batch @ batch).clamp(-1, 1)  # a forward and a backward pass
-            policy.add_(0.0)  # the optimizer's step
-            started = time.perf_counter()
-            kernels[name](ema, policy)
-            samples[name].append(time.perf_counter() - started)
-        for name, times in samples.items():
-            rows.append({"name": name, "parameters": size, "threads": threads})
-            rows[-1] |= {"seconds": statistics.median(times), "samples": times}
-            print(f"  {size:>13,} parameters {name:24} {rows[-1]['seconds'] * 1e3:9.3f} ms")
     return rows
 
 
@@ -367,7 +378,7 @@ def plot(report: dict, path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    updates = [row for row in report["results"] if row["what"] == "update" and row["device"] == "cpu"]
+    updates = [row for row in report["results"] if row["what"] != "reset" and row["device"] == "cpu"]
     threads = max(row["threads"] for row in updates)
     updates = [row for row in updates if row["threads"] == threads]
     panels = list(dict.fromkeys((row["title"], row["dtype"]) for row in updates))
@@ -381,12 +392,13 @@ def plot(report: dict, path: str) -> None:
         peers = [row for row in rows if not row["name"].startswith("limit")][::-1]
         colors = ["#0072b2" if row["name"] == "ElasticReset" else "#bbbbbb" for row in peers]
         speeds = [row["gigabytes_per_second"] for row in peers]
-        limit = max(row["gigabytes_per_second"] for row in rows if row["name"].startswith("limit"))
-        axis.axvline(limit, color="black", linestyle="--", linewidth=1)
+        limits = [row["gigabytes_per_second"] for row in rows if row["name"].startswith("limit")]
+        if limits:
+            axis.axvline(max(limits), color="black", linestyle="--", linewidth=1)
         bars = axis.barh([row["name"] for row in peers], speeds, color=colors)
         plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8, bbox=plain)
-        axis.set_xlim(0, 1.12 * max([*speeds, limit]))
+        axis.set_xlim(0, 1.12 * max(speeds + limits))
         axis.set_title(f"{title}, {dtype} policy", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.set_xlabel("GB/s (dashed: memory limit)", fontsize=8)
@@ -400,7 +412,8 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cases", type=lambda text: text.split(","), default=list(CASES), help=f"of {','.join(CASES)}")
+    parts = [*CASES, "loop", "growth"]
+    add("--cases", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")
     add("--dtypes", type=lambda text: text.split(","), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     add("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], help="such as 1,2")
     add("--rounds", type=int, default=11, help="samples of each competitor")
@@ -409,7 +422,7 @@ def parse():
     add("--plot", metavar="FILE", help="draw the updates on the CPU")
     add("--read", metavar="FILE", help="take figures written by --json instead of measuring")
     args = parser.parse_args()
-    for given, known in (("cases", CASES), ("dtypes", DTYPES)):
+    for given, known in (("cases", parts), ("dtypes", DTYPES)):
         if odd := set(getattr(args, given)) - set(known):
             parser.error(f"unknown --{given} {','.join(sorted(odd))}; choose of {','.join(known)}")
     if min(args.threads) < 1 or args.rounds < 1:
@@ -421,7 +434,8 @@ def tables(args, report: dict) -> None:
     devices = [("cpu", threads) for threads in args.threads]
     devices += [("cuda", 1)] if torch.cuda.is_available() else []
     for device, threads in devices:
-        for case, dtype, what in itertools.product(args.cases, args.dtypes, ("update", "reset")):
+        cases = [case for case in args.cases if case in CASES]
+        for case, dtype, what in itertools.product(cases, args.dtypes, ("update", "reset")):
             title, shapes = CASES[case]
             print(f"\n{what}, {title} ({count(shapes):,} parameters), ", end="")
             print(f"{dtype} policy, {device}, {threads} thread(s)")
@@ -431,9 +445,24 @@ def tables(args, report: dict) -> None:
             show(rows, skipped)
 
 
-def measure(args) -> dict:
-    from elastic_reset import commit
+def loops(args, report: dict) -> None:
+    threads = max(args.threads)
+    for size, dtype in itertools.product(LOOPS, args.dtypes):
+        if (parameters := count(LOOPS[size])) > args.largest:
+            continue
+        print(f"\nupdate, a GPT-2 of {size} in a training loop ({parameters:,} parameters), ", end="")
+        print(f"{dtype} policy, cpu, {threads} thread(s)")
+        rows = loop(size, dtype, threads, args.rounds)
+        report["results"] += rows
+        show(rows, {})
 
+
+def commit() -> str | None:
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
+def measure(args) -> dict:
     report = {"command": ["ema_kernel/bench.py", *sys.argv[1:]], "commit": commit()}
     report |= {"machine": machine(), "results": [], "skipped": {}}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None))
@@ -441,11 +470,12 @@ def measure(args) -> dict:
         used = report["bytes_a_parameter"] = memory()
         print(f"\nbytes a parameter: {used['kept']:.2f} kept, {used['temporary']:.2f} for a moment")
     tables(args, report)
-    threads = max(args.threads)
-    print(f"\nElasticReset.update() as the model grows, float32, {threads} thread(s)")
-    report["growth"] = growth([n for n in GROWTH if n <= args.largest], threads, args.rounds)
-    print(f"\nan update in a training loop, float32, {threads} thread(s)")
-    report["loop"] = loop([n for n in GROWTH[:4] if n <= args.largest], threads, args.rounds)
+    if "loop" in args.cases:
+        loops(args, report)
+    if "growth" in args.cases:
+        threads = max(args.threads)
+        print(f"\nElasticReset.update() as the model grows, float32, {threads} thread(s)")
+        report["growth"] = growth([n for n in GROWTH if n <= args.largest], threads, args.rounds)
     return report
 
 

@@ -1,3 +1,5 @@
+import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -6,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import elastic_reset  # noqa: E402
 
 TINY = dict(
     updates=4, batch_size=16, mini_batch_size=8, eval_every=2, eval_size=16, save_every=1, reset_every=2,
@@ -20,7 +24,25 @@ def private_cache(tmp_path_factory):
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_worlds_once():
+    """The embedded data are made once a session, not once a run, which would take most of its time."""
+    for name in ("toy_translations", "toy_reviews", "toy_qa"):
+        setattr(elastic_reset, name, functools.cache(getattr(elastic_reset, name)))
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """Flags of a run of the embedded game that takes seconds."""
     return TINY | dict(task="translation", output_dir=str(tmp_path / "run"))
+
+
+def metrics_of(folder):
+    """The lines of a run's metrics.jsonl, without the seconds, which differ from run to run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def contents(folder):
+    """{path: bytes or None} of everything in a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

@@ -1,5 +1,6 @@
-"""Room 7: data from folders shaped like hub repositories, models from folders, the embedded corpus."""
+"""Rooms 6 and 7: data and models from folders shaped like the hub's, training from scratch, small worlds."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -7,23 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import MarianConfig, MarianMTModel, MarianTokenizer, T5Config, T5ForConditionalGeneration
 
+import elastic_reset
 from elastic_reset import (
     TranslationGame,
     batches_of_like_length,
     configure,
     fit,
     likelihood_loss,
+    load_model,
     load_rows,
-    seq2seq,
+    mean_nll,
     shuffled,
-    target_logprobs,
-    token_mean,
+    toy_qa,
+    toy_reviews,
     toy_sentence,
     toy_translations,
     train,
     train_tokenizer,
+    trained,
     translate,
     translation_data,
 )
@@ -70,88 +74,99 @@ def test_several_pair_sources(tmp_path):
     assert data["receiver"][-1] == ("a dog 19", "ein Hund 19")
 
 
-def models(tmp_path, words):
-    """A BART sender and a T5 receiver with tokenizers of their own, untrained, saved like a hub's."""
+def marian_folder(path, french, english):
+    """An untrained Marian as Helsinki-NLP's: a SentencePiece model for each language, one vocabulary."""
+    import sentencepiece
+
+    path.mkdir()
+    vocabulary = {"</s>": 0, "<unk>": 1}
+    for name, texts in dict(source=french, target=english).items():
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_prefix=str(path / name), vocab_size=90, minloglevel=2
+        )
+        (path / f"{name}.model").rename(path / f"{name}.spm")
+        for line in (path / f"{name}.vocab").read_text(encoding="utf-8").splitlines():
+            vocabulary.setdefault(line.split("\t")[0], len(vocabulary))
+        (path / f"{name}.vocab").unlink()
+    vocabulary["<pad>"] = len(vocabulary)
+    (path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    files = dict(source_spm=str(path / "source.spm"), target_spm=str(path / "target.spm"))
+    tokenizer = MarianTokenizer(vocab=str(path / "vocab.json"), **files, source_lang="fr", target_lang="en")
+    pad = vocabulary["<pad>"]
     torch.manual_seed(0)
-    small = dict(d_model=16, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16)
-    small |= dict(decoder_ffn_dim=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=64)
-    one, other = train_tokenizer(words, 0, 32), train_tokenizer(words, 300, 32)
-    ids = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=1, bos_token_id=2)
-    bart = BartForConditionalGeneration(
-        BartConfig(vocab_size=len(one), **small, **ids, forced_eos_token_id=1)
-    )
-    bart.generation_config.num_beams = 4  # beams and forced tokens of a loaded model must not reach the game
+    shape = dict(d_model=16, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16)
+    shape |= dict(decoder_ffn_dim=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=128)
+    ids = dict(pad_token_id=pad, eos_token_id=0, forced_eos_token_id=0, decoder_start_token_id=pad)
+    model = MarianMTModel(MarianConfig(vocab_size=len(vocabulary), **shape, **ids))
+    model.generation_config.num_beams = 4  # beams and forced tokens of a loaded model must not reach the game
+    model.generation_config.bad_words_ids = [[pad]]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def t5_folder(path, words):
+    tokenizer = train_tokenizer(words, configure(vocab_size=300))
     shape = dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=len(other), **shape))
-    for model, tokenizer, name in [(bart, one, "bart"), (t5, other, "t5")]:
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    return str(tmp_path / "bart"), str(tmp_path / "t5")
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **shape)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
-def test_a_game_between_loaded_models_of_different_kinds(tmp_path, tiny):
-    rows = toy_translations()["train"][:40]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_game_between_loaded_models_of_different_kinds(tmp_path, tiny, dtype):
+    rows = toy_translations()["train"][:300]
     for split in ("train", "validation"):
         write(tmp_path / "game", "jsonl", rows, split)
-    sender, receiver = models(tmp_path, [text for row in rows for text in row.values()])
-    flags = tiny | dict(data=str(tmp_path / "game"), model=sender, receiver_model=receiver)
+    models = dict(
+        model=marian_folder(tmp_path / "opus", [r["fr"] for r in rows], [r["en"] for r in rows]),
+        receiver_model=t5_folder(tmp_path / "t5", [text for row in rows for text in row.values()]),
+    )
+    flags = tiny | models | dict(data=str(tmp_path / "game"), dtype=dtype, learning_rate=1e-2)
     task = TranslationGame(configure(**flags))
-    assert task.tokenizer.get_vocab() != task.receiver_tokenizer.get_vocab()
-    assert task.policy.generation_config.num_beams is None
-    result = train(configure(**flags))
-    assert result["end"]["update"] == 4 and result["history"][1]["kl"] != 0
+    assert task.policy.dtype == task.receiver[0].dtype == getattr(torch, dtype)
+    english = " ".join(rows[0]["en"].split())
+    assert task.tokenizer.decode(task.tokenizer(text_target=english)["input_ids"][:-1]) == english
+    history = train(configure(**flags))["history"]
+    assert history[-1]["update"] == 4 and history[1]["kl"] != 0
+    again, _ = load_model("sender", str(tmp_path / "run" / "model"), "Seq2SeqLM", configure())
+    assert again.config.model_type == "marian"
 
 
-def test_low_precision_weights(tiny, tmp_path):
-    train(configure(**tiny))
-    folders = dict(model=str(tmp_path / "run" / "model"), receiver_model=str(tmp_path / "run" / "receiver"))
-    flags = tiny | folders | dict(dtype="bfloat16", output_dir=str(tmp_path / "half"))
-    task = TranslationGame(configure(**flags))
-    assert task.policy.dtype == torch.bfloat16
-    assert train(configure(**flags))["end"]["update"] == 4
+def test_pretraining_is_cached_by_what_made_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pairs = [("a b", "c d"), ("b a", "d c")]
+    fits, whole_fit = [], elastic_reset.fit
+    monkeypatch.setattr(elastic_reset, "fit", lambda *args: (fits.append(1), whole_fit(*args)))
 
-
-def test_pretraining_is_cached_by_what_made_it(tiny):
-    data = toy_translations()
-
-    def folder(data=data, **others):
-        model, _ = seq2seq("sender", "", data, configure(**tiny | others))
-        return Path(model.name_or_path)
+    def folder(pairs=pairs, updates=1, seed=0, **settings):
+        config = configure(d_model=settings.pop("d_model", 16), **settings)
+        how = (["a b c d"], pairs, likelihood_loss, updates, config)
+        path = trained("sender", "Seq2SeqLM", "marian", *how, seed=seed)
+        assert {"config.json", "model.safetensors"} <= {file.name for file in Path(path).iterdir()}
+        return path
 
     first = folder()
-    written = (first / "model.safetensors").stat().st_mtime_ns
-    assert folder() == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == written
-    others = [folder(d_model=20), folder(pretrain_updates=21), folder(data | dict(sender=data["sender"][1:]))]
-    assert len({first, *others}) == 4
+    assert folder() == folder(learning_rate=0.1) == folder(batch_size=64) == first and len(fits) == 1
+    others = [folder(d_model=24), folder(updates=2), folder(pairs=pairs[1:]), folder(seed=1)]
+    monkeypatch.setattr(elastic_reset, "CACHE_VERSION", elastic_reset.CACHE_VERSION + 1)
+    others.append(folder())
+    assert len({first, *others}) == 6 == len(fits)
+    with pytest.raises(ValueError, match="neither a model nor data to train one for the sender"):
+        folder(pairs=[])
 
 
-def test_pretraining_learns(tiny):
-    from transformers import MarianConfig, MarianMTModel
-
+def test_pretraining_learns():
     torch.manual_seed(0)
+    config = configure(d_model=16, pretrain_learning_rate=1e-2, pretrain_batch_size=16)
+    tokenizer = train_tokenizer(["a b c d"], config)
+    model = MarianMTModel(elastic_reset.small_shape("marian", tokenizer, config))
     pairs = [("a a", "c c"), ("b b", "d d")] * 50
-    tokenizer = train_tokenizer(["a b c d"], 0, 16)
-    shape = dict(vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, pad_token_id=0)
-    shape |= dict(
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32
-    )
-    shape |= dict(eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None, dropout=0.0)
-    model = MarianMTModel(MarianConfig(max_position_embeddings=32, **shape))
-    fit(
-        model,
-        tokenizer,
-        pairs,
-        likelihood_loss,
-        200,
-        configure(**tiny | dict(pretrain_learning_rate=1e-2)),
-        "",
-    )
+    fit(model, tokenizer, pairs, likelihood_loss, 200, config, "")
     model.eval()
     assert translate(model, tokenizer, ["a a", "b b"], 16, 8) == ["c c", "d d"]
-    right = token_mean(*target_logprobs(model, tokenizer, ["a a"], ["c c"], 16)).item()
-    wrong = token_mean(*target_logprobs(model, tokenizer, ["a a"], ["d d"], 16)).item()
-    assert right > -0.1 > wrong
+    right, wrong = (mean_nll(model, tokenizer, ["a a"], [german], 16) for german in ("c c", "d d"))
+    assert right < 0.1 < wrong
 
 
 def test_shuffled_runs_through_everything():
@@ -164,39 +179,54 @@ def test_shuffled_runs_through_everything():
 def test_batches_of_like_length_lose_nothing():
     pairs = [(str(i), "x" * (i % 7)) for i in range(40)]
     batches = list(batches_of_like_length(pairs, 5, 8, pool=4))
-    assert sorted(source for sources, _ in batches for source in sources) == sorted(
-        source for source, _ in pairs
-    )
+    assert sorted(source for sources, _ in batches for source in sources) == sorted(s for s, _ in pairs)
     spread = [len(max(targets)) - len(min(targets)) for _, targets in batches]
     assert sum(spread) < 8 * 3 and all(len(sources) == 5 for sources, _ in batches)
 
 
-def test_bpe_and_word_tokenizers_give_back_the_text():
+@pytest.mark.parametrize("append_eos", [True, False])
+@pytest.mark.parametrize("size", [0, 300])
+def test_tokenizers_give_back_the_text(size, append_eos):
     text = "Der Hund mag die Ärztin, l'été !"
-    for size in (0, 300):
-        tokenizer = train_tokenizer([text], size, 64)
-        ids = tokenizer(text)["input_ids"]
-        assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+    tokenizer = train_tokenizer([text], configure(vocab_size=size), append_eos=append_eos)
+    ids = tokenizer(text)["input_ids"]
+    assert (ids[-1] == tokenizer.eos_token_id) is append_eos
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
-def test_embedded_corpus():
+# ---- the small worlds
+
+
+def digest(data):
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def test_small_worlds_are_those_of_the_recorded_results():
+    """tutorials/results/ hold what was measured on these very texts, and so do the README's tables."""
+    game, reviews, qa = toy_translations(), toy_reviews(), toy_qa()
+    parts = ("train", "validation", "sender", "receiver", "texts")
+    expected = "40ffd971873f48b1edf558e319a15f4afd8bb7eb0bbffd4623242ff73c0a223f"
+    assert digest({name: game[name] for name in parts}) == expected
+    expected = "49722b42b59429304d543dec4fe907ce2e54bb05dee3585a7c943960758afd86"
+    assert digest({name: reviews[name] for name in ("train", "validation")}) == expected
+    parts = ("sft", "preferences", "held_out", "questions", "validation", "texts")
+    prompts = dict(problems=[problem["prompt"] for problem in qa["problems"]])
+    expected = "90f3250c0f186459390b6b3b9d59c9a8006d3be4287311443bc7750ffd8b5f26"
+    assert digest({name: qa[name] for name in parts} | prompts) == expected
+    expected = "a10fc9dfccb77410be6441d11756f9fbd23cc73087722c5b6cf34505ceec7642"
+    assert digest([json.loads(problem["expected"]) for problem in qa["problems"]]) == expected
+
+
+def test_embedded_translations():
     data = toy_translations()
     french = {name: {row["fr"] for row in data[name]} for name in ("train", "validation")}
     french["sender"] = {source for source, _ in data["sender"]}
-    english = {row["en"]: row["de"] for row in data["train"]}
     assert not french["train"] & french["validation"] and not french["train"] & french["sender"]
-    assert len(data["validation"]) == 512 and len(set(english.values())) > 15_000
-    assert data["train"] == toy_translations()["train"]
-    for row in data["train"][:50]:
-        assert json.dumps(row) and all(row.values()) and "_" not in "".join(row.values())
     clean, noisy = (toy_sentence(random.Random(3), noise) for noise in (0.0, 1.0))
-    assert clean["fr"] == noisy["fr"] and clean["de"] == noisy["de"]
+    assert clean["fr"] == noisy["fr"] and clean["de"] == noisy["de"] and clean["en"] != noisy["en"]
 
 
-@pytest.mark.skipif(
-    not REAL.exists(), reason=f"the real corpora are not at {REAL.name}/ beside the repository"
-)
+@pytest.mark.skipif(not REAL.exists(), reason="the real corpora are not beside the repository")
 def test_real_corpora():
     rows = load_rows(f"{REAL}/multi30k:train[28990:]", "en fr de")
     assert len(rows) == 10 and all(len(row["fr"].split()) > 2 for row in rows)

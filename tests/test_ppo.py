@@ -1,73 +1,95 @@
 """Room 2: PPO's mathematics, each function against a slower or independent way to the same number."""
 
 import copy
-import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from elastic_reset import (
     ActorCritic,
     ElasticReset,
-    KLCoefficient,
     gae,
     gather_logprobs,
+    logits_and_states,
     logprobs_and_values,
-    masked_mean,
     ppo_loss,
     reference_logprobs,
-    response_logits,
-    sample,
+    respond,
+    response_inputs,
     set_plain_generation,
     shape_rewards,
     whiten,
 )
 
 CLIP = dict(cliprange=0.2, cliprange_value=0.2, vf_coef=0.5, entropy_coef=0.0)
+IDS = dict(vocab_size=30, pad_token_id=0, eos_token_id=1)
 
 
-def marian(**settings):
+def tokenizer():
+    """Its words are w00 to w29, the padding w00, the end w01."""
+    words = Tokenizer(models.WordLevel({word(i): i for i in range(30)}, unk_token=word(2)))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=word(0), eos_token=word(1))
+
+
+def word(token):
+    return f"w{token:02}"
+
+
+def marian():
+    shape = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+    shape |= dict(decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    shape |= dict(max_position_embeddings=32, decoder_start_token_id=0, forced_eos_token_id=1, num_beams=4)
+    return MarianMTModel(MarianConfig(**IDS, **shape))
+
+
+def gpt2(**settings):
+    shape = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1)
+    return GPT2LMHeadModel(GPT2Config(**IDS, **shape, **settings))
+
+
+def t5():
+    shape = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(T5Config(**IDS, **shape))
+
+
+def prepared(make):
     torch.manual_seed(0)
-    shape = dict(vocab_size=30, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
-    shape |= dict(
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32
-    )
-    ids = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None)
-    return MarianMTModel(MarianConfig(**shape | ids | settings)).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
+    model = make().eval()
+    set_plain_generation(model)
     return model
 
 
 @pytest.fixture(params=[marian, gpt2])
 def policy(request):
-    return request.param()
+    return prepared(request.param)
 
 
-def prompts_for(policy, batch=6):
-    ids = torch.randint(2, 30, (batch, 5), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, 3:] = 0
-    if not policy.config.is_encoder_decoder:
-        mask = mask.flip(1)
-    return dict(input_ids=torch.where(mask.bool(), ids, 0), attention_mask=mask)
+PROMPTS = [" ".join(map(word, [2 + i, 29 - i, 4, 5, 6][: 2 + i % 4])) for i in range(8)]  # of 2 to 5 words
 
 
-def rollout(policy, temperature=1.0):
+def rollout(policy, n=8, response_length=12, **settings):
+    """n responses to each prompt, and the texts."""
     torch.manual_seed(2)
-    batch = prompts_for(policy, 64)
-    batch["responses"], batch["mask"] = sample(policy, batch, 12, temperature)
-    return batch
+    return respond(policy, tokenizer(), PROMPTS * n, response_length, **settings)
 
 
 def random_mask(batch=5, response=7):
     lengths = torch.randint(1, response + 1, (batch, 1), generator=torch.Generator().manual_seed(3))
     return torch.arange(response) < lengths
+
+
+# The functions of tensors.
 
 
 def test_gather_logprobs():
@@ -76,97 +98,15 @@ def test_gather_logprobs():
     torch.testing.assert_close(gather_logprobs(logits, tokens).reshape(-1), expected)
 
 
-def test_mask_ends_with_the_first_eos(policy):
-    batch = rollout(policy)
-    responses, mask = batch["responses"], batch["mask"]
-    lengths = set()
-    for row, m in zip(responses.tolist(), mask.tolist(), strict=True):
-        length = row.index(1) + 1 if 1 in row else len(row)
-        assert m == [i < length for i in range(len(row))]
-        assert 0 not in row[:length]  # the padding is never sampled
-        lengths.add(length)
-    assert len(lengths) > 3
-
-
-def test_sampling_follows_the_scored_distribution(policy):
-    """First tokens of many samples against the scoring pass, both at temperature 2: a chi-square test."""
-    one = {name: tensor[:1] for name, tensor in prompts_for(policy).items()}
-    many = {name: tensor.expand(4000, -1) for name, tensor in one.items()}
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.mul_(4)  # a distribution that is far from uniform
-        responses, _ = sample(policy, many, 1, temperature=2.0)
-        logits, _ = ActorCritic(policy, temperature=2.0)(**one, responses=responses[:1])
-    expected = logits[0, 0].softmax(-1) * 4000
-    counts = torch.bincount(responses[:, 0], minlength=30)
-    seen = expected > 5
-    chi_square = ((counts - expected)[seen].square() / expected[seen]).sum().item()
-    assert counts[0] == 0 and chi_square < 2 * seen.sum().item() + 20
-
-
-@pytest.mark.parametrize("shortest", [3, 8])
-def test_no_eos_before_the_shortest_response(policy, shortest):
-    """What may not be sampled has probability 0, and the rest of the distribution is that sampled from."""
-    set_plain_generation(policy, shortest)
-    with torch.no_grad():
-        policy.get_output_embeddings().weight[1] += 1.0  # EOS becomes frequent
-        prompts = prompts_for(policy, 400)
-        responses, mask = sample(policy, prompts, 8)
-        logits, _ = ActorCritic(policy)(**prompts, responses=responses)
-    assert mask.sum(1).min() >= shortest
-    assert not logits.softmax(-1)[:, :shortest, 1].any()
-    if shortest < 8:
-        ends = (responses[:, shortest] == 1) & mask[:, shortest]
-        expected = logits.softmax(-1)[:, shortest, 1].mean().item()
-        assert 0.02 < expected and ends.float().mean().item() == pytest.approx(expected, abs=0.08)
-
-
-def test_padding_of_prompts_and_responses_does_not_matter(policy):
-    """Each row scored alone, without any padding, gives the same log-probabilities."""
-    batch = rollout(policy)
-    model = ActorCritic(policy)
-    together, _, entropy = logprobs_and_values(model, batch)
-    assert (together[~batch["mask"]] == 0).all() and (entropy[~batch["mask"]] == 0).all()
-    for i in range(8):
-        real = batch["attention_mask"][i].bool()
-        length = batch["mask"][i].sum()
-        alone = dict(
-            input_ids=batch["input_ids"][i : i + 1, real], attention_mask=torch.ones(1, real.sum(), dtype=int)
-        )
-        alone |= dict(
-            responses=batch["responses"][i : i + 1, :length], mask=torch.ones(1, length, dtype=bool)
-        )
-        torch.testing.assert_close(
-            logprobs_and_values(model, alone)[0][0], together[i, :length], rtol=1e-4, atol=1e-5
-        )
-
-
-def test_ratio_is_one_before_the_first_step(policy):
-    batch = rollout(policy, temperature=0.7)
-    model = ActorCritic(policy, temperature=0.7)
-    first, again = logprobs_and_values(model, batch)[0], logprobs_and_values(model, batch)[0]
-    assert torch.equal(first, again)
-    sequence = first.sum(1)
-    assert (sequence < 0).all() and torch.isfinite(sequence).all()
-
-
-def test_rewards_sum_to_the_penalised_score():
+def test_rewards_are_the_penalties_and_at_the_last_token_the_score():
     mask, scores = random_mask(), torch.randn(5)
-    logprobs, ref_logprobs = torch.randn(5, 7) * mask, torch.randn(5, 7) * mask
+    logprobs, ref_logprobs = torch.randn(5, 7), torch.randn(5, 7)
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, 0.3)
-    kl = (logprobs - ref_logprobs).sum(1)
-    torch.testing.assert_close(rewards.sum(1), scores - 0.3 * kl)
-    assert (rewards[~mask] == 0).all()
     for i, length in enumerate(mask.sum(1).tolist()):
-        expected = scores[i] - 0.3 * (logprobs - ref_logprobs)[i, length - 1]
-        torch.testing.assert_close(rewards[i, length - 1], expected)
-
-
-def test_a_policy_surer_than_the_reference_is_punished():
-    ones = torch.ones(1, 1, dtype=bool)
-    rewards = shape_rewards(torch.zeros(1), torch.tensor([[-0.1]]), torch.tensor([[-2.0]]), ones, 0.5)
-    assert rewards.item() == pytest.approx(-0.5 * 1.9)
+        for t in range(7):
+            expected = -0.3 * (logprobs[i, t] - ref_logprobs[i, t]).item() if t < length else 0.0
+            expected += scores[i].item() if t == length - 1 else 0.0
+            assert rewards[i, t].item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0), (0.5, 0.3)])
@@ -195,15 +135,26 @@ def test_whiten_looks_at_unmasked_tokens_only():
     assert torch.equal(white, whiten(torch.where(mask, x, 1e6), mask))
 
 
+def test_processes_whiten_as_one():
+    """Each has some of the rows and, as accelerator.reduce() would give it, the sum over all."""
+    mask, sums = random_mask(), []
+    x = torch.randn(5, 7) * 3 + 2
+
+    def one_process(part):
+        sums.append(part)
+        return part
+
+    whole = whiten(x, mask, one_process)
+    for rows in (slice(2), slice(2, 5)):
+        reduced = iter(sums)
+        part = whiten(x[rows], mask[rows], lambda part, reduced=reduced: next(reduced))
+        torch.testing.assert_close(part, whole[rows])
+
+
 def old_batch(mask, logprobs=None):
-    draw = lambda: torch.randn(mask.shape) * mask  # noqa: E731
-    return dict(
-        logprobs=draw() if logprobs is None else logprobs,
-        values=draw(),
-        advantages=draw(),
-        returns=draw(),
-        mask=mask,
-    )
+    names = ("logprobs", "values", "advantages", "returns")
+    old = {name: torch.randn(mask.shape) * mask for name in names} | dict(mask=mask)
+    return old if logprobs is None else old | dict(logprobs=logprobs)
 
 
 def test_gradient_at_ratio_one_is_the_policy_gradient():
@@ -229,64 +180,196 @@ def test_clipping_by_hand():
 
 def test_value_loss_by_hand():
     mask = torch.tensor([[True, True, False]])
-    old = old_batch(mask, torch.zeros(1, 3))
-    old |= dict(
-        values=torch.zeros(1, 3), returns=torch.tensor([[1.0, 0.0, 9.0]]), advantages=torch.zeros(1, 3)
-    )
+    old = dict(logprobs=torch.zeros(1, 3), values=torch.zeros(1, 3), advantages=torch.zeros(1, 3), mask=mask)
+    old |= dict(returns=torch.tensor([[1.0, 0.0, 9.0]]))
     values = torch.tensor([[0.5, 0.1, 7.0]])  # the first is clipped to 0.2: the larger error counts
-    loss, _ = ppo_loss(torch.zeros(1, 3), values, torch.zeros(1, 3), old, **CLIP)
-    assert loss.item() == pytest.approx(0.5 * 0.5 * (0.8**2 + 0.1**2) / 2)
+    loss, watch = ppo_loss(torch.zeros(1, 3), values, torch.zeros(1, 3), old, **CLIP)
+    assert watch["value_loss"] == pytest.approx(0.5 * (0.8**2 + 0.1**2) / 2)
+    assert loss.item() == watch["loss"] == pytest.approx(0.5 * watch["value_loss"])
 
 
 def test_entropy_is_a_bonus():
     mask = random_mask()
-    old, entropy = old_batch(mask), torch.rand(5, 7) * mask
+    old, entropy = old_batch(mask), torch.rand(5, 7)
     without, _ = ppo_loss(old["logprobs"], old["values"], entropy, old, **CLIP)
     with_bonus, _ = ppo_loss(old["logprobs"], old["values"], entropy, old, **CLIP | dict(entropy_coef=0.1))
-    torch.testing.assert_close(without - with_bonus, 0.1 * masked_mean(entropy, mask))
+    torch.testing.assert_close(without - with_bonus, 0.1 * entropy[mask].mean())
 
 
-def test_entropy_of_the_policy(policy):
-    batch = rollout(policy)
+# Sampling.
+
+
+def test_texts_are_the_responses_up_to_their_ends(policy):
+    """And the mask ends with the first EOS; the padding before that is never sampled."""
+    batch, texts = rollout(policy)
+    lengths = set()
+    for row, mask, text in zip(batch["responses"].tolist(), batch["mask"].tolist(), texts, strict=True):
+        length = row.index(1) + 1 if 1 in row else len(row)
+        assert mask == [i < length for i in range(len(row))]
+        assert text.split() == [word(token) for token in row[:length] if token != 1]
+        assert 0 not in row[:length]
+        lengths.add(length)
+    assert len(lengths) > 3
+    prompts = [[word(token) for token in row if token] for row in batch["input_ids"].tolist()]
+    assert prompts == [prompt.split() for prompt in PROMPTS * 8]
+
+
+def test_any_of_several_ends_ends_a_response(policy):
+    policy.generation_config.eos_token_id = [1, 7, 8]
+    batch, _ = rollout(policy)
+    firsts = [row[mask].tolist() for row, mask in zip(batch["responses"], batch["mask"], strict=True)]
+    assert {row[-1] for row in firsts} >= {1, 7, 8}
+    assert not {1, 7, 8} & {token for row in firsts for token in row[:-1]}
+
+
+def chi_square(tokens, probabilities):
+    """Per degree of freedom: about 1 if the tokens were drawn with these probabilities."""
+    expected = probabilities * len(tokens)
+    seen = expected > 5
+    counts = torch.bincount(tokens, minlength=len(expected))
+    return ((counts - expected)[seen].square() / expected[seen]).sum().item() / seen.sum().item()
+
+
+@pytest.mark.parametrize("temperature, shortest", [(2.0, 0), (0.5, 0), (1.0, 1)])
+def test_sampling_follows_the_scored_distribution(policy, temperature, shortest):
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(4)  # a distribution that is far from uniform
+        torch.manual_seed(0)
+        how = dict(temperature=temperature, shortest=shortest)
+        batch, _ = respond(policy, tokenizer(), PROMPTS[3:4] * 4000, 1, **how)
+        inputs = [batch[name][:1] for name in ("input_ids", "attention_mask", "responses")]
+        probabilities = ActorCritic(policy, **how)(*inputs)[0][0, 0].softmax(-1)
+        others = ActorCritic(policy, temperature=1.5 * temperature)(*inputs)[0][0, 0].softmax(-1)
+    assert probabilities[0] == 0 and (probabilities[1] == 0) == (shortest > 0)
+    assert chi_square(batch["responses"][:, 0], probabilities) < 2.5
+    assert chi_square(batch["responses"][:, 0], others) > 2.5
+
+
+def test_no_end_before_the_shortest_response(policy):
+    layer = policy.get_output_embeddings()
+    layer.bias = torch.nn.Parameter(2.0 * torch.eye(30)[1])  # EOS becomes frequent
+    with torch.no_grad():
+        batch, _ = rollout(policy, 50, 8, shortest=3)
+        inputs = (batch["input_ids"], batch["attention_mask"], batch["responses"])
+        ends = ActorCritic(policy, shortest=3)(*inputs)[0].softmax(-1)[:, :, 1]
+    assert batch["mask"].sum(1).min() == 4 and not ends[:, :3].any()
+    expected = ends[:, 3].mean().item()
+    assert 0.05 < expected < 0.95
+    assert (batch["responses"][:, 3] == 1).float().mean().item() == pytest.approx(expected, abs=0.08)
+
+
+def test_greedy_takes_the_likeliest_tokens(policy):
+    batch, _ = rollout(policy, 1, 4, temperature=0)
+    with torch.no_grad():
+        inputs = (batch["input_ids"], batch["attention_mask"], batch["responses"])
+        likeliest = ActorCritic(policy)(*inputs)[0].argmax(-1)
+    assert torch.equal(likeliest[batch["mask"]], batch["responses"][batch["mask"]])
+
+
+def test_prompts_that_do_not_fit():
+    with pytest.raises(ValueError, match="prompts have 2 to 5 tokens; expected 1 to 4"):
+        respond(prepared(gpt2), tokenizer(), PROMPTS, 28)
+    with pytest.raises(ValueError, match="prompts have 0 to 1 tokens"):
+        respond(prepared(gpt2), tokenizer(), [word(5), ""], 4)
+    batch, _ = respond(prepared(marian), tokenizer(), PROMPTS, 4, max_length=3)
+    assert batch["attention_mask"].sum(1).tolist() == [min(3, len(prompt.split())) for prompt in PROMPTS]
+
+
+# Scoring.
+
+
+def test_padding_does_not_matter(policy):
+    """Each row scored alone, without any padding, gives the same log-probabilities and values."""
+    batch, _ = rollout(policy)
     model = ActorCritic(policy)
-    logits, _ = model(batch["input_ids"], batch["attention_mask"], batch["responses"])
-    p = logits.double().softmax(-1)
-    expected = -(p * p.clamp(min=1e-300).log()).sum(-1) * batch["mask"]
-    torch.testing.assert_close(logprobs_and_values(model, batch)[2].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.nn.init.normal_(model.value["head"].weight)
+    together = logprobs_and_values(model, batch, with_entropy=True)
+    assert all((x[~batch["mask"]] == 0).all() for x in together) and not batch["mask"].all()
+    for i in range(8):
+        real, length = batch["attention_mask"][i].bool(), batch["mask"][i].sum()
+        alone = dict(input_ids=batch["input_ids"][i : i + 1, real], mask=batch["mask"][i : i + 1, :length])
+        alone |= dict(attention_mask=torch.ones_like(alone["input_ids"]))
+        alone |= dict(responses=batch["responses"][i : i + 1, :length])
+        for x, y in zip(logprobs_and_values(model, alone, with_entropy=True), together, strict=True):
+            torch.testing.assert_close(x[0], y[i, :length], rtol=1e-4, atol=1e-5)
 
 
-def test_what_lies_behind_the_eos_changes_nothing(policy):
-    """Rewards, advantages, loss and gradients stay the same whatever tokens stand after the EOS."""
-    batch, results = rollout(policy), []
+def test_what_lies_behind_the_end_changes_no_loss_and_no_gradient(policy):
+    (batch, _), results = rollout(policy), []
     for filler in (0, 7):
         other = batch | dict(responses=torch.where(batch["mask"], batch["responses"], filler))
         model = ActorCritic(copy.deepcopy(policy))
-        torch.nn.init.ones_(model.value_head.weight)
-        logprobs, values, entropy = logprobs_and_values(model, other)
-        rewards = shape_rewards(
-            torch.ones(64), logprobs.detach(), torch.zeros_like(logprobs), batch["mask"], 0.1
-        )
-        advantages, returns = gae(rewards, values.detach(), batch["mask"], 0.9, 0.9)
-        old = dict(
-            logprobs=logprobs.detach() - 0.1, values=values.detach(), advantages=advantages, returns=returns
-        )
-        loss, _ = ppo_loss(
-            logprobs, values, entropy, old | dict(mask=batch["mask"]), **CLIP | dict(entropy_coef=0.1)
-        )
+        torch.nn.init.ones_(model.value["head"].weight)
+        new = logprobs_and_values(model, other, with_entropy=True)
+        logprobs, values, _ = (x.detach() for x in new)
+        zeros = torch.zeros_like(logprobs)
+        rewards = shape_rewards(torch.ones(64), logprobs, zeros, batch["mask"], 0.1)
+        advantages, returns = gae(rewards, values, batch["mask"], 0.9, 0.9)
+        old = other | dict(logprobs=logprobs - 0.1, values=values, advantages=advantages, returns=returns)
+        loss, _ = ppo_loss(*new, old, **CLIP | dict(entropy_coef=0.1))
         loss.backward()
-        results.append(
-            [loss.detach(), advantages, *(p.grad for p in model.parameters() if p.grad is not None)]
-        )
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert all(gradient.isfinite().all() for gradient in gradients.values()) and len(gradients) > 10
+        results.append(dict(loss=loss.detach(), advantages=advantages) | gradients)
+    torch.testing.assert_close(*results)
+
+
+def test_ratio_is_one_before_the_first_step(policy):
+    batch, _ = rollout(policy, temperature=0.7)
+    model = ActorCritic(policy, temperature=0.7)
+    first, again = (logprobs_and_values(model, batch, entropy)[0] for entropy in (False, True))
+    assert torch.equal(first, again) and (first.sum(1) < 0).all()
+
+
+def test_entropy_where_it_is_asked_for(policy):
+    batch, _ = rollout(policy)
+    model = ActorCritic(policy, temperature=0.8, shortest=2)
+    logits, _ = model(batch["input_ids"], batch["attention_mask"], batch["responses"])
+    p = logits.double().softmax(-1)
+    expected = -torch.special.xlogy(p, p).sum(-1) * batch["mask"]
+    without, entropy = (logprobs_and_values(model, batch, asked)[2] for asked in (False, True))
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (without == 0).all() and not without.requires_grad
+
+
+def test_gradient_is_that_of_logits_without_the_forbidden_tokens(policy):
+    """forbid() writes into logits that autograd knows of: against log-softmax over the other tokens alone."""
+    batch, _ = rollout(policy, 1, 6, shortest=6)
+    own, slow = ActorCritic(policy, 0.7, shortest=6), copy.deepcopy(policy)
+    own_logprobs, _, entropy = logprobs_and_values(own, batch, with_entropy=True)
+    inputs = response_inputs(slow, batch["input_ids"], batch["attention_mask"], batch["responses"])
+    logits = slow(**inputs).logits[:, -6:, 2:] / 0.7
+    slow_logprobs = gather_logprobs(logits, batch["responses"] - 2)
+    torch.testing.assert_close(own_logprobs, slow_logprobs)
+    (own_logprobs.sum() + entropy.sum()).backward()
+    (slow_logprobs.sum() + torch.distributions.Categorical(logits=logits).entropy().sum()).backward()
+    torch.testing.assert_close(
+        {n: p.grad for n, p in policy.named_parameters() if p.grad is not None},
+        {n: p.grad for n, p in slow.named_parameters() if p.grad is not None},
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+def test_logits_are_computed_for_the_responses_alone(policy):
+    batch, _ = rollout(policy)
+    n, rows = batch["responses"].shape[1], []
+    full = policy(**response_inputs(policy, batch["input_ids"], batch["attention_mask"], batch["responses"]))
+    layer = policy.get_output_embeddings()
+    layer.register_forward_hook(lambda module, arguments, logits: rows.append(logits.shape[1]))
+    inputs = response_inputs(policy, batch["input_ids"], batch["attention_mask"], batch["responses"])
+    logits, states = logits_and_states(policy, inputs, n)
+    assert rows == [n] and states.shape == (64, n, 16)
+    torch.testing.assert_close(logits, full.logits[:, -n:].float())
+    policy(**inputs)
+    assert rows[1] == full.logits.shape[1]  # other passes are as before
 
 
 @pytest.mark.parametrize("which", ["init", "ema"])
 def test_reference_logprobs_against_a_real_copy(policy, which):
-    model = ActorCritic(policy)
-    frozen = copy.deepcopy(model)
-    elastic = ElasticReset(policy, decay=0.5)
-    batch = rollout(policy)
+    model = ActorCritic(policy, temperature=0.8, separate_value_model=True)
+    frozen, elastic = copy.deepcopy(model), ElasticReset(policy, decay=0.5)
+    batch, _ = rollout(policy)
     with torch.no_grad():
         for p in elastic.params:
             p.add_(0.1 * torch.randn_like(p))
@@ -294,18 +377,21 @@ def test_reference_logprobs_against_a_real_copy(policy, which):
     if which == "ema":
         with elastic.averaged():
             frozen = copy.deepcopy(model)
-    expected = logprobs_and_values(frozen, batch)[0]
+    expected, own = (logprobs_and_values(m, batch)[0] for m in (frozen, model))
     actual = reference_logprobs(model, elastic.by_name(getattr(elastic, which)), batch)
-    assert not actual.requires_grad
-    torch.testing.assert_close(actual, expected)
-    assert (logprobs_and_values(model, batch)[0] - expected).abs().max() > 0.01
+    assert not actual.requires_grad and (own - expected).abs().max() > 0.01
+    torch.testing.assert_close(actual, expected.detach())
+    assert torch.equal(logprobs_and_values(model, batch)[0], own)  # the policy is as before
+
+
+# The value function.
 
 
 def test_values_start_at_zero_and_do_not_see_the_token_they_judge(policy):
-    batch = rollout(policy)
+    batch, _ = rollout(policy, shortest=12)
     model = ActorCritic(policy)
     assert (logprobs_and_values(model, batch)[1] == 0).all()
-    torch.nn.init.normal_(model.value_head.weight)
+    torch.nn.init.normal_(model.value["head"].weight)
     values = logprobs_and_values(model, batch)[1]
     changed = batch["responses"].clone()
     changed[:, 4] = 5
@@ -314,31 +400,43 @@ def test_values_start_at_zero_and_do_not_see_the_token_they_judge(policy):
     assert not torch.allclose(values[:, 5:], again[:, 5:])
 
 
-def test_separate_value_model_leaves_the_policy_alone(policy):
-    batch = rollout(policy)
-    for separate in (False, True):
-        model = ActorCritic(copy.deepcopy(policy), separate_value_model=separate)
-        torch.nn.init.normal_(model.value_head.weight)
-        logprobs_and_values(model, batch)[1].sum().backward()
-        touched = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.policy.parameters())
-        assert touched is not separate
+def untied_gpt2():
+    return gpt2(tie_word_embeddings=False)
 
 
-def test_adaptive_kl_coefficient():
-    fixed, adaptive = KLCoefficient(0.1), KLCoefficient(0.1, target=6.0, horizon=1000)
-    for coefficient in (fixed, adaptive):
-        coefficient.adapt(kl=6.6, responses=100)
-    assert fixed.value == 0.1 and adaptive.value == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    adaptive.adapt(kl=1e9, responses=100)  # an error counts 0.2 at most
-    assert adaptive.value == pytest.approx(0.1 * 1.01 * 1.02)
-    other = KLCoefficient(0.0, 6.0)
-    other.load_state_dict(adaptive.state_dict())
-    assert other.value == adaptive.value
+@pytest.mark.parametrize("make", [marian, gpt2, untied_gpt2])
+def test_separate_value_model_is_a_copy_without_the_output_layer(make):
+    policy = prepared(make)
+    batch, _ = rollout(policy, 1)
+    model, whole = ActorCritic(policy, separate_value_model=True), copy.deepcopy(policy)
+    torch.nn.init.normal_(model.value["head"].weight)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(2)  # the policy goes on, the value model does not follow
+    values = logprobs_and_values(model, batch)[1]
+    inputs = response_inputs(whole, batch["input_ids"], batch["attention_mask"], batch["responses"])
+    output = whole(**inputs, output_hidden_states=True)
+    hidden = output.decoder_hidden_states if policy.config.is_encoder_decoder else output.hidden_states
+    expected = hidden[-1][:, -values.shape[1] :] @ model.value["head"].weight[0]
+    torch.testing.assert_close(values, expected * batch["mask"], rtol=1e-4, atol=1e-5)
+
+    values.sum().backward()
+    assert all(p.grad is None for p in model.policy.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.value["model"].parameters())
+    assert not {id(p) for p in model.value.parameters()} & {id(p) for p in policy.parameters()}
+    sizes = [p.numel() for name, p in whole.named_parameters() if not name.startswith("lm_head")]
+    assert sum(p.numel() for p in model.value["model"].parameters()) == sum(sizes)
 
 
-def test_greedy_takes_the_most_likely_token(policy):
-    batch = prompts_for(policy)
-    responses, _ = sample(policy, batch, 4, temperature=0)
-    logits, _ = response_logits(policy, **batch, responses=responses)
-    assert torch.equal(responses[:, 0], logits[:, 0].argmax(-1))
-    assert math.isfinite(gather_logprobs(logits, responses).sum().item())
+def test_separate_value_model_of_t5_is_refused():
+    """T5's classes have no body apart from the output layer."""
+    with pytest.raises(ValueError, match="separate_value_model is not made for T5ForConditionalGeneration"):
+        ActorCritic(prepared(t5), separate_value_model=True)
+
+
+def test_value_head_teaches_the_policy(policy):
+    batch, _ = rollout(policy, 1)
+    model = ActorCritic(policy)
+    torch.nn.init.normal_(model.value["head"].weight)
+    logprobs_and_values(model, batch)[1].sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())

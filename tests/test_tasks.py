@@ -1,14 +1,16 @@
-"""Room 3: mock sentiment and technical QA, on the embedded corpora and on folders shaped like the hub's."""
+"""Room 4: the three tasks, on the embedded data and on folders shaped like the hub's."""
 
 import itertools
 import json
 import math
+import random
+import re
 
 import pytest
 import torch
+from conftest import metrics_of
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -22,13 +24,17 @@ import elastic_reset
 from elastic_reset import (
     MockSentiment,
     TechnicalQA,
+    TranslationGame,
     configure,
     distinct,
-    function_in,
+    mean_nll,
     pass_at_k,
-    perplexity,
+    respond,
+    toy_answer,
     toy_feeling,
     toy_gold,
+    toy_mistake,
+    toy_problem,
     toy_qa,
     toy_reviews,
     train,
@@ -47,53 +53,58 @@ def small(request, tmp_path):
     return SMALL | dict(task=request.param, output_dir=str(tmp_path / "run"))
 
 
-def history_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def test_embedded_tasks_run_and_resume(small, tmp_path):
+def test_embedded_tasks_run_and_resume(small, tmp_path, capsys):
     whole = train(configure(**small | dict(updates=4)))
-    assert {"reward", "drift", "kl"} <= whole["end"].keys() and whole["start"]["kl"] == 0
-    assert "held out" in elastic_reset.TASKS[small["task"]](configure(**small)).footnote
+    named = dict(imdb={"distinct_1", "words", "parses", "sentiment"}, qa={"words", "pass_at_1"})[
+        small["task"]
+    ]
+    assert {"reward", "drift", "kl"} | named <= whole["end"].keys() and whole["start"]["kl"] == 0
+    assert "held out: the " in capsys.readouterr().out
     part = small | dict(output_dir=str(tmp_path / "part"))
     train(configure(**part))
     train(configure(**part | dict(updates=4, resume=True)))
-    assert history_of(tmp_path / "part") == history_of(tmp_path / "run")
+    assert metrics_of(tmp_path / "part") == metrics_of(tmp_path / "run")
 
 
 def test_ppo_moves_the_reward(small):
     """Both tasks give the policy a reward that it can raise."""
     quick = dict(
-        pretrain_updates=60,
-        reward_updates=400,
-        updates=12,
-        batch_size=32,
-        mini_batch_size=16,
-        num_ppo_epochs=4,
-    )
-    quick |= dict(learning_rate=3e-3, value_learning_rate=3e-3, reset="none", eval_every=12, eval_size=64)
+        pretrain_updates=60, reward_updates=400, updates=12, batch_size=32, mini_batch_size=16,
+        num_ppo_epochs=4, learning_rate=3e-3, value_learning_rate=3e-3, reset="none", eval_every=12,
+        eval_size=64,
+    )  # fmt: skip
     result = train(configure(**small | quick))
     assert result["end"]["reward"] > result["start"]["reward"] + 0.05
+
+
+# ---- translation
+
+
+def test_the_first_translation_of_a_sentence_counts(tiny, monkeypatch):
+    rows = [dict(fr="un chien", en="", de="ein Hund"), dict(fr="un chien", en="", de="eine Katze")]
+    data = elastic_reset.toy_translations() | dict(train=rows)
+    monkeypatch.setattr(elastic_reset, "toy_translations", lambda: data)
+    task = TranslationGame(configure(**tiny))
+    assert task.german == {"un chien": "ein Hund"} and task.prompts(2, 1) == ["un chien"] * 2
 
 
 # ---- mock sentiment
 
 
 def test_continuations_have_a_fixed_length(tmp_path):
-    settings = SMALL | dict(task="imdb", output_dir=str(tmp_path))
-    task = MockSentiment(configure(**settings))
-    elastic_reset.set_plain_generation(task.policy, 32)
-    batch, texts = elastic_reset.respond(task, task.validation_prompts, configure(**settings))
+    config = configure(**SMALL | dict(task="imdb", output_dir=str(tmp_path)))
+    task = MockSentiment(config)
+    batch, texts = respond(task.policy, task.tokenizer, task.validation_prompts, **config.sampling)
     assert batch["mask"].all() and batch["mask"].shape == (8, 32)
     assert all(len(prompt.split()) == 10 for prompt in task.validation_prompts)
 
 
-def test_the_grammar_knows_its_own_sentences():
+def test_the_grammar_knows_its_own_reviews():
     reviews = toy_reviews()
     for text, _ in reviews["train"][:200]:
-        sentences = [f"{s.strip()} {end}" for s, end in _sentences(text)]
-        feelings = [toy_feeling(s) for s in sentences]
+        sentences = text.replace("!", ".").split(" .")[:-1]
+        ends = [c for c in text if c in ".!"]
+        feelings = [toy_feeling(f"{s.strip()} {end}") for s, end in zip(sentences, ends, strict=True)]
         assert len(feelings) == 7 and None not in feelings
     parts = [{text for text, _ in reviews[name]} for name in ("train", "validation")]
     assert not parts[0] & parts[1]
@@ -101,22 +112,16 @@ def test_the_grammar_knows_its_own_sentences():
     assert sum(liked) / len(liked) == pytest.approx(0.3, abs=0.03)
 
 
-def _sentences(text):
-    ends = [i for i, c in enumerate(text) if c in ".!"]
-    return [(text[a:b], text[b]) for a, b in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
-
-
 def test_gold_counts_what_a_continuation_completes():
-    prompt, text = (
-        "what a great plot ! the cast was",
-        "what a great plot ! the cast was really dull . plot ! i",
+    assert toy_gold(["what a great plot ! the cast was"], [" really dull . plot ! i"]) == dict(
+        parses=0.5, sentiment=-0.5
     )
-    assert toy_gold([prompt], [text]) == dict(parses=0.5, sentiment=-0.5)
+    assert toy_gold(["i loved the"], [" plot"]) == dict(parses=0, sentiment=0)
     assert toy_feeling("what a great plot !") == "+" and toy_feeling("what a plot great !") is None
 
 
 def gpt2_folder(path, texts, **settings):
-    tokenizer = train_tokenizer(texts, 300, 512, append_eos=False)
+    tokenizer = train_tokenizer(texts, configure(vocab_size=300), append_eos=False)
     torch.manual_seed(1)
     ids = dict(bos_token_id=1, eos_token_id=1)
     shape = dict(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64) | ids | settings
@@ -125,29 +130,25 @@ def gpt2_folder(path, texts, **settings):
     return str(path)
 
 
-@pytest.mark.parametrize("window, stride", [(16, 8), (16, 16), (64, 64), (8, 3)])
-def test_perplexity_against_one_token_at_a_time(tmp_path, window, stride):
-    texts = [text for text, _ in toy_reviews()["train"][:40]]
+@torch.no_grad()
+def test_mean_nll_against_one_token_at_a_time(tmp_path):
+    """Of prompts of several lengths in one batch, and of answers too long to be read to their ends."""
+    texts = [text for text, _ in toy_reviews()["train"][:5]]
+    prompts, answers = [text[: 10 + 5 * i] for i, text in enumerate(texts)], [text[40:] for text in texts]
+    config = configure(task="imdb")
     folder = gpt2_folder(tmp_path, texts)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder).eval(),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    prompts = [text[:20] for text in texts[:5]]
-    ours = perplexity(model, tokenizer, prompts, [text[20:] for text in texts[:5]], window, stride)
-    total, count = 0.0, 0
-    for prompt, text in zip(prompts, texts, strict=False):
-        start = len(tokenizer(prompt)["input_ids"])
-        tokens = tokenizer(prompt)["input_ids"] + tokenizer(text[20:], add_special_tokens=False)["input_ids"]
-        stride = min(stride, window // 2)
-        end = min(max(window, start + stride), len(tokens))
-        for t in range(start, len(tokens)):
-            while t >= end:
-                end = min(end + stride, len(tokens))
-            seen = torch.tensor([tokens[max(0, end - window) : t]])
-            total -= model(seen).logits[0, -1].log_softmax(-1)[tokens[t]].item()
-            count += 1
-    assert ours == pytest.approx(math.exp(total / count), rel=1e-4)
+    model, tokenizer = elastic_reset.load_model("judge", folder, "CausalLM", config)
+    ours = mean_nll(model, tokenizer, prompts, answers, 30)
+    nll = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        seen = tokenizer(prompt)["input_ids"][:30]
+        for token in tokenizer(answer)["input_ids"][:30]:
+            logits = model(torch.tensor([seen])).logits[0, -1]
+            logits[tokenizer.pad_token_id] = -math.inf  # which is never sampled
+            nll.append(-logits.log_softmax(-1)[token].item())
+            seen = [*seen, token]
+    assert len(nll) == 5 * 30 and ours == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    assert mean_nll(model, tokenizer, prompts, [""] * 5, 30) == pytest.approx(math.log(len(tokenizer)))
 
 
 def test_distinct_by_hand():
@@ -170,19 +171,24 @@ def sentencepiece_like(texts):
 
 
 @pytest.mark.parametrize("kind", ["words", "pieces", "sentencepiece"])
-def test_prompt_and_response_make_one_text(kind):
-    """Wherever a text is cut into prompt and response, decoded they make it again."""
+def test_prompt_and_response_make_one_text(kind, monkeypatch):
+    """Wherever a policy takes over in a text, its response put behind the prompt makes that text again."""
     text = "def f(a):    return a  or  film"
     if kind == "sentencepiece":
         tokenizer = sentencepiece_like([text])
     else:
-        tokenizer = train_tokenizer([text], 0 if kind == "words" else 300, 64, append_eos=False)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=64))
-    tokens = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    whole = tokenizer.decode(tokens[0])
+        config = configure(vocab_size=0 if kind == "words" else 300)
+        tokenizer = train_tokenizer([text], config, append_eos=False)
+    policy = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=64))
+    policy.generation_config.eos_token_id, policy.generation_config.pad_token_id = [299], 298
+    tokens = torch.tensor([tokenizer(text)["input_ids"]])
     for cut in range(1, tokens.shape[1]):
-        [response] = elastic_reset.response_texts(model, tokenizer, tokens[:, :cut], tokens[:, cut:])
-        assert tokenizer.decode(tokens[0, :cut]) + response == whole
+        prompt, rest = tokenizer.decode(tokens[0, :cut]), tokens[:, cut:]
+        monkeypatch.setattr(
+            policy, "generate", lambda input_ids, rest=rest, **_: torch.cat([input_ids, rest], 1)
+        )
+        _, [response] = respond(policy, tokenizer, [prompt], rest.shape[1])
+        assert (prompt + response).strip() == text
 
 
 def reviews_folder(path, n=24):
@@ -193,22 +199,32 @@ def reviews_folder(path, n=24):
     return str(path), [row["text"] for row in rows]
 
 
+def distilbert_folder(path, texts, **settings):
+    tokenizer = train_tokenizer(texts, configure(vocab_size=400))
+    shape = dict(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=32, pad_token_id=0)
+    DistilBertForSequenceClassification(DistilBertConfig(**shape | settings)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 def test_sentiment_with_models_from_folders(tmp_path):
     """As with lvwerra/gpt2-imdb, lvwerra/distilbert-imdb and gpt2: three tokenizers, texts in between."""
     data, texts = reviews_folder(tmp_path / "data")
     policy = gpt2_folder(tmp_path / "gpt2-imdb", texts)
     language_model = gpt2_folder(tmp_path / "gpt2", texts[:3], n_layer=2)
-    tokenizer = train_tokenizer(texts, 400, 512)
-    shape = dict(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=32, pad_token_id=0)
-    DistilBertForSequenceClassification(DistilBertConfig(**shape)).save_pretrained(tmp_path / "distilbert")
-    tokenizer.save_pretrained(tmp_path / "distilbert")
-    models = dict(model=policy, language_model=language_model, reward_model=str(tmp_path / "distilbert"))
+    models = dict(model=policy, language_model=language_model)
+    models |= dict(reward_model=distilbert_folder(tmp_path / "distilbert", texts))
     flags = SMALL | models | dict(task="imdb", data=data, max_length=48, response_length=12, prompt_length=8)
     flags |= dict(min_response_length=12, separate_value_model=True, kl_reference="ema", kl_coef=0.1)
     result = train(configure(**flags, output_dir=str(tmp_path / "run")))
     assert 0 < result["end"]["reward"] < 1 and "parses" not in result["end"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert again.config.vocab_size == AutoTokenizer.from_pretrained(policy).vocab_size
+    five = distilbert_folder(tmp_path / "five", texts, num_labels=5)
+    with pytest.raises(ValueError, match="five' must have 2 labels"):
+        MockSentiment(configure(**flags | dict(reward_model=five)))
+    with pytest.raises(ValueError, match="has 64 positions, too few for 80 tokens"):
+        MockSentiment(configure(**flags | dict(max_length=80)))
 
 
 def test_sentiment_from_text_alone(tmp_path):
@@ -218,45 +234,66 @@ def test_sentiment_from_text_alone(tmp_path):
     assert result["end"]["drift"] > 1
 
 
-def test_a_label_is_0_or_1(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n')
-    with pytest.raises(ValueError, match="train.jsonl, line 2: column 'label' holds '2', expected 0 or 1"):
-        MockSentiment(configure(task="imdb", data=str(tmp_path), validation_data=str(tmp_path)))
-
-
-def test_a_reward_model_with_other_labels_is_refused(tmp_path):
-    data, texts = reviews_folder(tmp_path / "data")
-    tokenizer = train_tokenizer(texts, 400, 512)
-    shape = dict(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=5)
-    DistilBertForSequenceClassification(DistilBertConfig(**shape)).save_pretrained(tmp_path / "five")
-    tokenizer.save_pretrained(tmp_path / "five")
-    with pytest.raises(ValueError, match="has 5 labels; expected 2"):
-        MockSentiment(configure(**SMALL | dict(task="imdb", data=data, reward_model=str(tmp_path / "five"))))
-
-
 # ---- technical QA
 
 
-def test_pass_at_k_is_unbiased():
+def answering(monkeypatch, answers):
+    """Sampling gives these answers, one after the other."""
+    given = iter(answers)
+
+    def respond(policy, tokenizer, prompts, *how):
+        return None, [next(given) for _ in prompts]
+
+    monkeypatch.setattr(elastic_reset, "respond", respond)
+
+
+def test_pass_at_k_is_unbiased(monkeypatch):
     """Against all ways to choose k of n programs."""
-    for n, right, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 2), (7, 3, 7)]:
-        draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
-        assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    n, right = 12, [0, 3, 12]
+    problem = dict(prompt="", program_of=lambda answer: answer, expected=1)
+    answering(monkeypatch, ["1"] * 0 + ["2"] * 12 + ["1"] * 3 + ["2"] * 9 + ["1"] * 12)
+    found = pass_at_k(None, None, [problem] * 3, configure(program_samples=n))
+    for k in (1, 10):
+        chances = []
+        for c in right:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            chances.append(sum(map(any, draws)) / len(draws))
+        assert found[f"pass_at_{k}"] == pytest.approx(sum(chances) / 3)
+    assert found.keys() == {"pass_at_1", "pass_at_10"}
 
 
-def test_embedded_answers_are_right_and_parts_share_no_function():
+def test_right_answers_pass_and_mistaken_ones_do_not(monkeypatch):
+    rng = random.Random(0)
+    rows, steps, exceptions = (
+        elastic_reset.table(text, "|")
+        for text in (elastic_reset.FUNCTIONS, elastic_reset.STEPS, elastic_reset.EXCEPTIONS)
+    )
+    functions = [(rng.choice(rows), (rng.choice(steps),), rng.choice(exceptions)) for _ in range(40)]
+    problems, config = [toy_problem(rng, function) for function in functions], configure()
+
+    def passes(answers):
+        answering(monkeypatch, answers)
+        return pass_at_k(None, None, problems, config)["pass_at_1"]
+
+    assert passes([toy_answer(rng, function, polite=1, explained=1) for function in functions]) == 1
+    assert passes([toy_answer(rng, toy_mistake(rng, function)) for function in functions]) < 0.2
+    assert passes(["def f(a, b):\n    return 123456"] * 40) == 0
+    assert passes(["Good question! It uses plain arithmetic."] * 40) == 0
+
+
+def test_problems_are_functions_that_training_does_not_show():
     data = toy_qa()
-    for problem, answer in list(zip(data["problems"], data["solutions"], strict=True))[:60]:
-        names = {}
-        exec(function_in(answer) + problem["test"], names)
-        with pytest.raises(AssertionError):
-            exec("def f(a, b):\n    return 123456\n" + problem["test"], {})
-    prompts = {problem["prompt"] for problem in data["problems"]}
-    assert not prompts & set(data["questions"]) and not prompts & {q for q, _ in data["validation"]}
+    parts = [
+        [problem["prompt"] for problem in data["problems"]], data["questions"],
+        [question for question, _ in data["sft"]], [question for question, _ in data["validation"]],
+    ]  # fmt: skip
+    opening = re.compile("|".join(elastic_reset.ASKING))
+    asked = [{opening.split(question)[1] for question in part} for part in parts]
+    assert len(asked[0]) == 200 and not asked[0] & (asked[1] | asked[2] | asked[3])
 
 
 def llama_folder(path, texts):
-    tokenizer = train_tokenizer(texts, 300, 512, append_eos=False)
+    tokenizer = train_tokenizer(texts, configure(vocab_size=300), append_eos=False)
     torch.manual_seed(1)
     shape = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1)
     ids = dict(bos_token_id=None, eos_token_id=1, num_attention_heads=2, max_position_embeddings=400)
@@ -278,35 +315,34 @@ def stack(tmp_path):
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     flags = SMALL | dict(task="qa", data=str(tmp_path / "pairs"), programs=str(tmp_path / "programs"))
     flags |= dict(model=llama_folder(tmp_path / "llama", [r["response_j"] for r in rows]))
-    flags |= dict(max_length=200, response_length=12, program_length=12, allow_code_execution=True)
-    return flags | dict(prompt_length=200, output_dir=str(tmp_path / "run"), lora_dropout=0.05)
+    flags |= dict(max_length=200, response_length=12, program_length=12, lora_dropout=0.05)
+    return flags | dict(prompt_length=200, output_dir=str(tmp_path / "run"))
 
 
-def test_three_stages_with_a_model_from_a_folder(stack, tmp_path):
+def test_three_stages_with_a_model_from_a_folder(stack, tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM
 
     task = TechnicalQA(configure(**stack))
     trainable = [name for name, p in task.policy.named_parameters() if p.requires_grad]
     assert trainable and all("lora_" in name for name in trainable)
-    result = train(configure(**stack | dict(program_samples=10, save_merged=True)))
+    result = train(configure(**stack | dict(program_samples=10)))
     assert result["end"]["pass_at_1"] == 0 and "pass_at_10" in result["end"]
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged").eval()
-    tokens = torch.tensor([[5, 6, 7]])
-    assert torch.allclose(adapted(tokens).logits, alone(tokens).logits, atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(stack["model"])
-    assert not torch.allclose(base(tokens).logits, alone(tokens).logits, atol=1e-3)
+    tokens = torch.tensor([[5, 6, 7]])
+    assert not torch.allclose(base(tokens).logits, adapted(tokens).logits, atol=1e-3)
+    answering(monkeypatch, ["    return x\nprint(x)\n", "    return 2\n", "    return x"])
+    assert pass_at_k(None, None, task.problems, configure(**stack))["pass_at_1"] == pytest.approx(2 / 3)
 
 
 def test_reference_is_the_model_with_its_adapter_off(stack):
-    task = TechnicalQA(configure(**stack))
-    elastic_reset.set_plain_generation(task.policy)
+    task, config = TechnicalQA(configure(**stack)), configure(**stack)
     model = elastic_reset.ActorCritic(task.policy)
     elastic = elastic_reset.ElasticReset(task.policy)
     with torch.no_grad():
         for p in elastic.params:
             p.add_(0.1 * torch.randn_like(p))
-    batch, _ = elastic_reset.respond(task, task.questions[:4], configure(**stack))
+    batch, _ = respond(task.policy, task.tokenizer, task.questions[:4], **config.sampling)
     ours = elastic_reset.reference_logprobs(model, elastic.by_name(elastic.init), batch)
     with task.policy.disable_adapter():
         theirs, _, _ = elastic_reset.logprobs_and_values(model, batch)
@@ -314,29 +350,7 @@ def test_reference_is_the_model_with_its_adapter_off(stack):
     assert torch.allclose(ours, theirs, atol=1e-5) and not torch.allclose(ours, changed, atol=1e-2)
 
 
-def test_stages_stop_where_asked(stack, capsys):
-    for stage, kind in (("sft", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        flags = {k: v for k, v in stack.items() if k != "output_dir"} | dict(last_stage=stage)
-        assert elastic_reset.main(elastic_reset.to_argv(flags)) == 0
-        found, folder = capsys.readouterr().out.strip().splitlines()[-1].split(": ")
-        assert found == stage and kind.from_pretrained(folder).config.model_type == "llama"
-
-
-@pytest.mark.parametrize("flags, message", [
-    (dict(task="qa", sft_data="x"), "--sft_data needs --data"),
-    (dict(task="imdb", validation_data="x"), "--validation_data needs --data"),
-    (dict(task="qa", d_model=20), "d_model is 20; expected a multiple of 8"),
-    (dict(task="qa", model="x"), "--allow_code_execution true"),
-    (dict(task="imdb", min_response_length=30, response_length=20), "min_response_length is 30"),
-    (dict(task="imdb", last_stage="sft"), "only the task qa has stages"),
-])  # fmt: skip
-def test_bad_flags_end_in_one_line(flags, message, tmp_path, capsys):
-    assert elastic_reset.main(elastic_reset.to_argv(flags | dict(output_dir=str(tmp_path / "run")))) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-def test_a_model_without_a_trained_head_is_no_reward_model(stack, tmp_path):
+def test_a_model_without_a_trained_head_is_no_reward_model(stack):
     with pytest.raises(ValueError, match="has no trained score.weight"):
         TechnicalQA(configure(**stack | dict(reward_model=stack["model"])))
 
@@ -344,23 +358,5 @@ def test_a_model_without_a_trained_head_is_no_reward_model(stack, tmp_path):
 def test_long_questions_are_left_out(stack):
     lengths = [len(TechnicalQA(configure(**stack | dict(prompt_length=n))).questions) for n in (200, 90)]
     assert lengths[0] > lengths[1] > 0
-    with pytest.raises(ValueError, match="at most prompt_length"):
+    with pytest.raises(ValueError, match="no question has at most prompt_length"):
         TechnicalQA(configure(**stack | dict(prompt_length=3)))
-
-
-def test_first_stage_sees_prompts_as_sampling_does(tmp_path):
-    """Of a short and a long question in one batch, the answer's likelihood is as if alone."""
-    tokenizer = train_tokenizer(["a b c d", " a b c d"], 0, 32, append_eos=False)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, eos_token_id=1, pad_token_id=0,
-    )).eval()  # fmt: skip
-    both, _ = elastic_reset.target_logprobs(model, tokenizer, ["a", "a b c d"], [" b", " b"], 32)
-    alone, _ = elastic_reset.target_logprobs(model, tokenizer, ["a"], [" b"], 32)
-    assert torch.allclose(both[0], alone[0], atol=1e-5)
-
-
-def test_programs_run_only_when_allowed(stack):
-    with pytest.raises(ValueError, match="--allow_code_execution true"):
-        TechnicalQA(configure(**stack | dict(allow_code_execution=False)))

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from elastic_reset import ElasticReset, ElasticResetCallback, train_tokenizer
+from elastic_reset import ElasticReset, ElasticResetCallback, configure, train_tokenizer
 
 WORDS = "a b c d e f g h"
 QUIET = dict(report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no", seed=3)
@@ -18,9 +18,7 @@ QUIET = dict(report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy
 
 @pytest.fixture
 def tokenizer():
-    tokenizer = train_tokenizer([WORDS, " " + WORDS], 0, 32, append_eos=False)
-    tokenizer.padding_side = "left"
-    return tokenizer
+    return train_tokenizer([WORDS, " " + WORDS], configure(), append_eos=False)
 
 
 @pytest.fixture
@@ -55,62 +53,60 @@ def test_optimizer_steps_are_counted(model, tmp_path):
     assert all(torch.equal(ema, p) for ema, p in zip(callback.elastic.ema, start, strict=True))
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_weights_kept_elsewhere_are_refused(model, tmp_path, kind, monkeypatch):
-    trainer = trained(model, tmp_path / "run", ElasticResetCallback())
-    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: SimpleNamespace(distributed_type=kind))
-    with pytest.raises(ValueError, match="not DeepSpeed or FSDP"):
-        trainer.train()
+def go_on(tmp_path, checkpoint, output_dir, max_steps=8, callback=None):
+    """Resumes a run, from the model's start as a new process would."""
+    policy = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
+    callback = callback or ElasticResetCallback(0.5, 3)
+    trainer = trained(policy, tmp_path / output_dir, callback, max_steps=max_steps)
+    trainer.train(resume_from_checkpoint=str(tmp_path / checkpoint))
+    return policy, callback.elastic
 
 
-def test_another_runs_averages_are_refused(model, tmp_path):
+def test_what_cannot_work_is_refused_early(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="decay is 3"):
+        ElasticResetCallback(decay=3)
+    with pytest.raises(ValueError, match="auto_find_batch_size"):
+        trained(model, tmp_path / "run", ElasticResetCallback(), auto_find_batch_size=True).train()
+    for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        state = SimpleNamespace(distributed_type=kind)
+        trainer = trained(model, tmp_path / "run", ElasticResetCallback())
+        monkeypatch.setattr("accelerate.state.AcceleratorState", lambda state=state: state)
+        with pytest.raises(ValueError, match="DeepSpeed, FSDP"):
+            trainer.train()
+        monkeypatch.undo()
+
+
+def test_averages_of_another_run_are_refused(model, tmp_path):
     """Both runs have a checkpoint-2; the trainer does not say which one it goes on from."""
     trained(model, tmp_path / "a", ElasticResetCallback(0.5, 3), max_steps=2).train()
     other = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
     trained(other, tmp_path / "b", ElasticResetCallback(0.5, 3), max_steps=2, learning_rate=0.01).train()
-
-    def go_on(output_dir, **where):
-        policy = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
-        callback = ElasticResetCallback(0.5, 3, **where)
-        trainer = trained(policy, tmp_path / output_dir, callback, max_steps=4)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-        return callback.elastic.resets
-
     with pytest.raises(ValueError, match="holds another run's averages"):
-        go_on("b")
-    with pytest.raises(ValueError, match="the checkpoint lies elsewhere"):
-        go_on("c")
-    assert go_on("c", checkpoint=tmp_path / "a" / "checkpoint-2") == 1
-    policy = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
-    again = ElasticResetCallback(0.5, 3, checkpoint=tmp_path / "a" / "checkpoint-2")
-    trained(policy, tmp_path / "c", again).train(resume_from_checkpoint=True)  # from c's own checkpoint-4
-    assert again.elastic.resets == 2
+        go_on(tmp_path, "a/checkpoint-2", "b")
+    with pytest.raises(ValueError, match="elastic_reset.safetensors.*name the folder resumed from"):
+        go_on(tmp_path, "a/checkpoint-2", "c")
+    named = ElasticResetCallback(0.5, 3, checkpoint=tmp_path / "a" / "checkpoint-2")
+    _, elastic = go_on(tmp_path, "a/checkpoint-2", "c", max_steps=4, callback=named)
+    assert (elastic.updates, elastic.resets) == (4, 1)
+    _, elastic = go_on(tmp_path, "c/checkpoint-4", "c", max_steps=6)
+    assert (elastic.updates, elastic.resets) == (6, 2)
 
 
-def test_settings_that_cannot_work_are_refused_early(model, tmp_path):
-    with pytest.raises(ValueError, match="decay is 3"):
-        ElasticResetCallback(decay=3)
-    with pytest.raises(ValueError, match="auto_find_batch_size begins again"):
-        trained(model, tmp_path / "a", ElasticResetCallback(), auto_find_batch_size=True).train()
-    with pytest.raises(ValueError, match="`checkpoint` is given, but not resumed from"):
-        trained(model, tmp_path / "b", ElasticResetCallback(checkpoint=tmp_path)).train()
-
-
-def test_damaged_averages_are_named(model, tmp_path):
-    trained(model, tmp_path / "run", ElasticResetCallback()).train()
+def test_checkpoints_without_whole_averages_are_refused(model, tmp_path):
+    trained(model, tmp_path / "run", ElasticResetCallback(0.5, 3)).train()
     path = tmp_path / "run" / "checkpoint-6" / "elastic_reset.safetensors"
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="elastic_reset.safetensors is damaged"):
-        trained(model, tmp_path / "run", ElasticResetCallback(), max_steps=8).train(
-            resume_from_checkpoint=True
-        )
+    whole = path.read_bytes()
+    for damage in (lambda: path.write_bytes(whole[:500]), path.unlink):
+        damage()
+        with pytest.raises(ValueError, match="checkpoint-6/elastic_reset.safetensors: "):
+            go_on(tmp_path, "run/checkpoint-6", "run")
 
 
 def test_the_same_as_a_loop_of_ones_own(model, tmp_path):
     """The trainer's weights are those of a plain loop with elastic.step() behind optimizer.step()."""
     own = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
-    plain = dict(optim="sgd", lr_scheduler_type="constant")
-    trainer = trained(model, tmp_path / "run", ElasticResetCallback(0.9, 2), **plain)
+    callback, plain = ElasticResetCallback(0.9, 2), dict(optim="sgd", lr_scheduler_type="constant")
+    trainer = trained(model, tmp_path / "run", callback, **plain)
     trainer.train_dataset = Dataset.from_list([rows()[0]] * 32)  # whatever the order, the same batches
     trainer.train()
     batch = {name: torch.tensor([ids] * 4) for name, ids in rows()[0].items()}
@@ -122,43 +118,17 @@ def test_the_same_as_a_loop_of_ones_own(model, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         elastic.step()
-    for a, b in zip(model.parameters(), own.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    assert callback.elastic.resets == elastic.resets == 3
+    torch.testing.assert_close(dict(model.named_parameters()), dict(own.named_parameters()))
 
 
 def test_resuming_goes_on_as_if_uninterrupted(model, tmp_path):
-    whole = ElasticResetCallback(0.5, 4)
-    trained(model, tmp_path / "whole", whole, save_steps=3).train()
-    part = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
-    trained(part, tmp_path / "part", ElasticResetCallback(0.5, 4), save_steps=3, max_steps=6).train()
-    again = ElasticResetCallback(0.5, 4)
-    resumed = trained(
-        GPT2LMHeadModel.from_pretrained(tmp_path / "start"), tmp_path / "part", again, save_steps=3
-    )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
-    assert again.elastic.updates == 6
-    for name in ("ema", "init"):
-        for a, b in zip(getattr(again.elastic, name), getattr(whole.elastic, name), strict=True):
-            assert torch.allclose(a, b, atol=1e-6)
-    for a, b in zip(resumed.model.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
-def test_resuming_without_averages_is_refused(model, tmp_path):
-    trained(model, tmp_path / "run", ElasticResetCallback()).train()
-    (tmp_path / "run" / "checkpoint-6" / "elastic_reset.safetensors").unlink()
-    with pytest.raises(ValueError, match="elastic_reset.safetensors is missing"):
-        trained(model, tmp_path / "run", ElasticResetCallback(), max_steps=8).train(
-            resume_from_checkpoint=True
-        )
-
-
-def test_other_settings_at_a_resume_are_warned_of(model, tmp_path):
-    trained(model, tmp_path / "run", ElasticResetCallback(0.5, 4)).train()
-    again = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
-    trainer = trained(again, tmp_path / "run", ElasticResetCallback(0.5, 3), max_steps=7)
-    with pytest.warns(UserWarning, match="reset_every is 3; until this checkpoint it was 4"):
-        trainer.train(resume_from_checkpoint=True)
+    whole = ElasticResetCallback(0.5, 3)
+    trained(model, tmp_path / "run", whole, max_steps=8).train()
+    policy, elastic = go_on(tmp_path, "run/checkpoint-4", "run")  # between the resets after 3 and 6
+    assert (elastic.updates, elastic.resets) == (8, 2) == (whole.elastic.updates, whole.elastic.resets)
+    torch.testing.assert_close(elastic.state_dict(), whole.elastic.state_dict())
+    torch.testing.assert_close(dict(policy.named_parameters()), dict(model.named_parameters()))
 
 
 def test_unknown_events_are_no_errors_but_unknown_names_are():

@@ -7,7 +7,8 @@ Differences by design, and how the terms are compared all the same:
   as TRL's; given `mask`, they agree where no response ends early (the run "full") or nothing is discounted
   (the run "undiscounted").
 - TRL's value loss is a mean over `mask_p1`, its policy loss one over `mask`; ours has one mask for both.
-- TRL's approxkl and entropy are means over all positions, padding included; ours are over `mask`.
+- TRL's approxkl and entropy are means over all positions, padding included; ours are over `mask`, and the
+  entropy is computed where the loss has a bonus for it: with a coefficient of 1 it is what the loss loses.
 - TRL's clipfrac counts the tokens whose loss is clipped, ours those whose ratio is out of range: never fewer.
 - TRL's old logprobs are those of generate(); ours come from a forward pass. They differ by rounding.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from test_ppo import tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from elastic_reset import (
@@ -28,7 +30,8 @@ from elastic_reset import (
     logprobs_and_values,
     ppo_loss,
     reference_logprobs,
-    sample,
+    respond,
+    set_plain_generation,
     shape_rewards,
     whiten,
 )
@@ -68,10 +71,11 @@ def actor_critic(run):
     """Our model with TRL's weights: its value model has a head without a bias."""
     policy = GPT2LMHeadModel(GPT2Config(**ABOUT["gpt2"]))
     policy.load_state_dict(part("policy/"))
+    set_plain_generation(policy)
     model = ActorCritic(policy, *setting(run, "temperature"), separate_value_model=True)
-    model.value_model.transformer.load_state_dict(part("value/transformer."))
-    model.value_head.load_state_dict({"weight": FIGURES["value/score.weight"], "bias": torch.zeros(1)})
-    model.value_head.bias.requires_grad_(False)
+    model.value["model"].load_state_dict(part("value/transformer."))
+    model.value["head"].load_state_dict({"weight": FIGURES["value/score.weight"], "bias": torch.zeros(1)})
+    model.value["head"].bias.requires_grad_(False)
     return model
 
 
@@ -109,8 +113,10 @@ def minibatches(run):
 def test_mask():
     trl, policy = part("ended/"), actor_critic("ended").policy
     policy.generate = lambda input_ids, **_: torch.cat([input_ids, trl["responses"]], 1)
-    responses, mask = sample(policy, dict(input_ids=trl["queries"]), trl["responses"].shape[1])
-    assert responses.equal(trl["responses"]) and mask.equal(trl["mask"])
+    prompts = tokenizer().batch_decode(trl["queries"], skip_special_tokens=True)
+    batch, _ = respond(policy, tokenizer(), prompts, trl["responses"].shape[1])
+    for ours, theirs in dict(input_ids="queries", responses="responses", mask="mask").items():
+        assert batch[ours].equal(trl[theirs])
 
 
 @every_run
@@ -175,14 +181,12 @@ def test_whiten(run):
 @every_run
 def test_loss(run):
     for trl, rows in minibatches(run):
-        entropy = torch.distributions.Categorical(logits=trl["logits"]).entropy()
-        new = trl["new_logprobs"], trl["vpred"], entropy
+        new = trl["new_logprobs"], trl["vpred"], torch.zeros_like(trl["vpred"])
         loss, watch = loss_over_two_masks(new, rows, clips(run))
         close(loss, trl["loss"])
         close(watch["policy_loss"], trl["pg_loss"])
         close(watch["value_loss"], trl["vf_loss"])
         close(watch["policy_kl"] * rows["mask"].float().mean(), trl["approxkl_stats"])
-        close(entropy.mean(), trl["entropy_stats"])
         out_of_range = (trl["ratio"] - 1).abs() > clips(run)["cliprange"]
         with_effect = out_of_range & ((trl["ratio"] > 1) == (rows["advantages"] > 0))
         close(watch["clipfrac"], out_of_range[rows["mask"]].float().mean())
@@ -193,12 +197,14 @@ def test_loss_in_one_call():
     """Where no response ends early the masks are one, and so is the call."""
     for trl, rows in minibatches("full"):
         entropy = torch.distributions.Categorical(logits=trl["logits"]).entropy()
-        loss, watch = ppo_loss(trl["new_logprobs"], trl["vpred"], entropy, rows, **clips("full"))
+        new = trl["new_logprobs"], trl["vpred"], entropy
+        loss, watch = ppo_loss(*new, rows, **clips("full"))
         close(loss, trl["loss"])
+        with_bonus, _ = ppo_loss(*new, rows, **clips("full") | dict(entropy_coef=1.0))
+        close(loss - with_bonus, trl["entropy_stats"])
         close(watch["policy_loss"], trl["pg_loss"])
         close(watch["value_loss"], trl["vf_loss"])
         close(watch["policy_kl"], trl["approxkl_stats"])
-        close(watch["entropy"], trl["entropy_stats"])
 
 
 @every_run
@@ -238,5 +244,5 @@ def test_whole_update(run):
     for name, tensor in part(f"{run}/after/policy/").items():
         nearly(model.policy.state_dict()[name], tensor)
     for name, tensor in part(f"{run}/after/value/transformer.").items():
-        nearly(model.value_model.transformer.state_dict()[name], tensor)
-    nearly(model.value_head.weight, trl["after/value/score.weight"])
+        nearly(model.value["model"].state_dict()[name], tensor)
+    nearly(model.value["head"].weight, trl["after/value/score.weight"])

@@ -1,6 +1,7 @@
 //! The two loops over flat buffers, their precisions and their threads. Nothing here knows Python.
 
 use std::iter;
+use std::mem;
 use std::ops::{Add, Mul, Sub};
 use std::process;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -141,29 +142,70 @@ impl Element for f16 {
     }
 }
 
-/// `ema <- ema + (1 - decay) * (policy - ema)`, in place.
+/// `ema <- ema + (1 - decay) * (policy - ema)`, in place. The average of all policies lies in one slice.
 ///
 /// # Panics
 ///
-/// If the lengths differ.
-pub fn update<P: Element>(ema: &mut [P::Average], policy: &[P], decay: f64, threads: usize) {
+/// If the policies together are not as long as the average.
+pub fn update<P: Element>(ema: &mut [P::Average], policies: &[&[P]], decay: f64, threads: usize) {
     let length = ema.len();
-    assert_eq!(length, policy.len(), "ema and policy differ in length");
+    assert_eq!(length, policies.iter().map(|policy| policy.len()).sum::<usize>(), "lengths differ");
     let weight = P::Average::nearest(1.0 - decay);
-    let blocks = ema.chunks_mut(BLOCK).zip(policy.chunks(BLOCK));
-    share(blocks, helpers(length, threads), |(ema, policy)| update_block(ema, policy, weight));
+    let averages = cut_mut(ema, policies.iter().map(|policy| policy.len()));
+    let blocks = iter::zip(averages, policies)
+        .flat_map(|(ema, policy)| ema.chunks_mut(BLOCK).zip(policy.chunks(BLOCK)));
+    share(
+        blocks,
+        |(ema, _)| ema.len(),
+        helpers(length, threads),
+        |(ema, policy)| update_block(ema, policy, weight),
+    );
 }
 
 /// `policy <- ema`, rounded, then `ema <- init`, in place.
 ///
 /// # Panics
 ///
-/// If the lengths differ.
-pub fn reset<P: Element>(policy: &mut [P], ema: &mut [P::Average], init: &[P::Average], threads: usize) {
-    let length = policy.len();
-    assert_eq!((length, length), (ema.len(), init.len()), "policy, ema and init differ in length");
-    let blocks = policy.chunks_mut(BLOCK).zip(ema.chunks_mut(BLOCK)).zip(init.chunks(BLOCK));
-    share(blocks, helpers(length, threads), |((policy, ema), init)| reset_block(policy, ema, init));
+/// If the policies together are not as long as the average or its start.
+pub fn reset<P: Element>(
+    policies: &mut [&mut [P]],
+    ema: &mut [P::Average],
+    init: &[P::Average],
+    threads: usize,
+) {
+    let length = ema.len();
+    assert_eq!(length, policies.iter().map(|policy| policy.len()).sum::<usize>(), "lengths differ");
+    assert_eq!(length, init.len(), "lengths differ");
+    let lengths: Vec<usize> = policies.iter().map(|policy| policy.len()).collect();
+    let averages = cut_mut(ema, lengths.iter().copied()).zip(cut(init, lengths.iter().copied()));
+    let blocks = iter::zip(policies, averages).flat_map(|(policy, (ema, init))| {
+        policy.chunks_mut(BLOCK).zip(ema.chunks_mut(BLOCK)).zip(init.chunks(BLOCK))
+    });
+    share(
+        blocks,
+        |((_, ema), _)| ema.len(),
+        helpers(length, threads),
+        |((policy, ema), init)| reset_block(policy, ema, init),
+    );
+}
+
+/// Parts of a slice, one after the other, of these lengths.
+fn cut<T>(whole: &[T], lengths: impl Iterator<Item = usize>) -> impl Iterator<Item = &[T]> {
+    let mut rest = whole;
+    lengths.map(move |length| {
+        let (front, back) = rest.split_at(length);
+        rest = back;
+        front
+    })
+}
+
+fn cut_mut<T>(whole: &mut [T], lengths: impl Iterator<Item = usize>) -> impl Iterator<Item = &mut [T]> {
+    let mut rest = whole;
+    lengths.map(move |length| {
+        let (front, back) = mem::take(&mut rest).split_at_mut(length);
+        rest = back;
+        front
+    })
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
@@ -205,28 +247,49 @@ fn restart<P: Element>(policy: &mut [P], ema: &mut [P::Average], init: &[P::Aver
 
 /// How many threads shall help the calling one.
 fn helpers(length: usize, threads: usize) -> usize {
-    static POOL_OWNER: OnceLock<u32> = OnceLock::new();
+    static POOL_OWNER: OnceLock<Option<u32>> = OnceLock::new();
     let useful = threads.min(length.div_ceil(SHARE)).saturating_sub(1);
     // A forked process inherits the pool without its threads and would wait for them for ever.
-    if useful == 0 || *POOL_OWNER.get_or_init(process::id) != process::id() {
+    if useful == 0 || *POOL_OWNER.get_or_init(start_pool) != Some(process::id()) {
         return 0;
     }
-    useful.min(rayon::current_num_threads())
+    useful.min(rayon::current_num_threads() - 1)
 }
 
-/// Calls `work` on every block, from the calling thread and `helpers` more.
-///
-/// Each takes the next block when it is free, so a helper that wakes late costs nothing but its help.
-fn share<I>(blocks: I, helpers: usize, work: impl Fn(I::Item) + Sync)
-where
+/// Starts the helpers and gives their process. The calling thread joins the pool, so it can take back what no
+/// helper has begun: one that finds no free core, because torch's own threads spin there, costs no time.
+fn start_pool() -> Option<u32> {
+    let pool = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
+    pool.is_ok().then(process::id)
+}
+
+/// Calls `work` on every block, from the calling thread and `helpers` more. Each takes the next blocks when it
+/// is free, so many that small parameters do not cost a lock each.
+fn share<I>(
+    blocks: I,
+    length: impl Fn(&I::Item) -> usize + Sync,
+    helpers: usize,
+    work: impl Fn(I::Item) + Sync,
+) where
     I: Iterator + Send,
+    I::Item: Send,
 {
     if helpers == 0 {
         return blocks.for_each(work);
     }
     let queue = Mutex::new(blocks);
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let drain = || iter::from_fn(next).for_each(&work);
+    let take = || {
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = Vec::new();
+        let mut elements = 0;
+        while elements < BLOCK {
+            let Some(block) = queue.next() else { break };
+            elements += length(&block);
+            taken.push(block);
+        }
+        (!taken.is_empty()).then_some(taken)
+    };
+    let drain = || iter::from_fn(take).flatten().for_each(&work);
     rayon::in_place_scope(|scope| {
         for _ in 0..helpers {
             scope.spawn(|_| drain());
@@ -266,9 +329,9 @@ mod tests {
     fn update_is_the_formula() {
         for length in LENGTHS {
             let mut ema = vec![0.0_f32; length];
-            update(&mut ema, &vec![1.0_f32; length], 0.75, 1);
+            update(&mut ema, &[&vec![1.0_f32; length]], 0.75, 1);
             assert_eq!(ema, vec![0.25; length]);
-            update(&mut ema, &vec![1.0_f32; length], 0.25, 1);
+            update(&mut ema, &[&vec![1.0_f32; length]], 0.25, 1);
             assert_eq!(ema, vec![0.8125; length]);
         }
     }
@@ -281,7 +344,7 @@ mod tests {
             (start.into_iter().map(finite).collect(), end.into_iter().map(finite).collect());
         for (decay, expected) in [(1.0, &start), (0.0, &end)] {
             let mut ema = start.clone();
-            update(&mut ema, &end, decay, 1);
+            update(&mut ema, &[&end], decay, 1);
             assert_eq!(&ema, expected);
         }
     }
@@ -289,7 +352,7 @@ mod tests {
     #[test]
     fn update_in_double_precision() {
         let mut ema = [1.0_f64, -3.0];
-        update(&mut ema, &[2.0, 5.0], 0.9, 1);
+        update(&mut ema, &[&[2.0, 5.0]], 0.9, 1);
         let weight = 1.0 - 0.9;
         let expected = [1.0 + weight * (2.0 - 1.0), -3.0 + weight * (5.0 - -3.0)];
         assert_eq!(ema.map(f64::to_bits), expected.map(f64::to_bits));
@@ -300,14 +363,14 @@ mod tests {
         let values = [0.5, -1.25, 65504.0, 6e-8];
         let halves = values.map(f16::from_f32);
         let (mut ema, mut expected) = ([1.0_f32; 4], [1.0_f32; 4]);
-        update(&mut ema, &halves, 0.9, 1);
-        update(&mut expected, &halves.map(f16::to_f32), 0.9, 1);
+        update(&mut ema, &[&halves], 0.9, 1);
+        update(&mut expected, &[&halves.map(f16::to_f32)], 0.9, 1);
         assert_eq!(bits(&ema), bits(&expected));
 
         let halves = values.map(bf16::from_f32);
         let (mut ema, mut expected) = ([1.0_f32; 4], [1.0_f32; 4]);
-        update(&mut ema, &halves.map(bf16::to_bits), 0.9, 1);
-        update(&mut expected, &halves.map(bf16::to_f32), 0.9, 1);
+        update(&mut ema, &[&halves.map(bf16::to_bits)], 0.9, 1);
+        update(&mut expected, &[&halves.map(bf16::to_f32)], 0.9, 1);
         assert_eq!(bits(&ema), bits(&expected));
     }
 
@@ -316,16 +379,16 @@ mod tests {
         for length in LENGTHS {
             let (average, init) = (floats(3, length), floats(4, length));
             let (mut policy, mut ema) = (vec![9.0_f32; length], average.clone());
-            reset(&mut policy, &mut ema, &init, 1);
+            reset(&mut [&mut policy], &mut ema, &init, 1);
             assert_eq!((policy, &ema), (average.clone(), &init));
 
             let (mut policy, mut ema) = (vec![9_u16; length], average.clone());
-            reset(&mut policy, &mut ema, &init, 1);
+            reset(&mut [&mut policy], &mut ema, &init, 1);
             let rounded: Vec<u16> = average.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
             assert_eq!((policy, &ema), (rounded, &init));
 
             let (mut policy, mut ema) = (vec![f16::ONE; length], average.clone());
-            reset(&mut policy, &mut ema, &init, 1);
+            reset(&mut [&mut policy], &mut ema, &init, 1);
             let rounded: Vec<f16> = average.iter().map(|&x| f16::from_f32(x)).collect();
             assert_eq!((policy, &ema), (rounded, &init));
         }
@@ -411,20 +474,21 @@ mod tests {
     }
 
     #[test]
-    fn every_number_of_threads_gives_the_same_bits() {
+    fn every_cut_and_number_of_threads_gives_the_same_bits() {
         for length in [SHARE, SHARE + 1, 3 * SHARE + 7] {
             let (start, policy) = (floats(7, length), floats(8, length));
-            let run = |threads| {
+            let run = |part, threads| {
                 let (mut ema, mut halves) = (start.clone(), vec![0_u16; length]);
-                update(&mut ema, &policy, 0.995, threads);
+                update(&mut ema, &policy.chunks(part).collect::<Vec<_>>(), 0.995, threads);
                 let averaged = bits(&ema);
-                reset(&mut halves, &mut ema, &start, threads);
+                reset(&mut halves.chunks_mut(part).collect::<Vec<_>>(), &mut ema, &start, threads);
                 assert_eq!(ema, start);
                 (averaged, halves)
             };
-            let alone = run(1);
-            for threads in [2, 3, 1000] {
-                assert!(alone == run(threads), "{length} elements on {threads} threads");
+            let whole = run(length, 1);
+            for (part, threads) in [(length, 2), (BLOCK + 1, 1), (BLOCK + 1, 3), (17, 1), (17, 2), (1000, 64)]
+            {
+                assert!(whole == run(part, threads), "{length} elements by {part} on {threads} threads");
             }
         }
     }
@@ -437,8 +501,8 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "differ in length")]
+    #[should_panic(expected = "lengths differ")]
     fn update_refuses_different_lengths() {
-        update(&mut [0.0_f32; 2], &[0.0_f32; 3], 0.5, 1);
+        update(&mut [0.0_f32; 2], &[&[0.0_f32; 3]], 0.5, 1);
     }
 }
