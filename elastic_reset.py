@@ -84,10 +84,10 @@ class ElasticReset:
     optimizer, after adapters and `fully_shard`. Frozen parameters and buffers are left alone.
 
     `ema` and `init` are lists of tensors shaped like `params`: float32 (float64 for float64), because a
-    bfloat16 average with decay 0.995 would be rounded back to where it was. They are views of one flat buffer each per
-    dtype of the policy, and follow the parameters to another device or dtype. `backend` is "rust" if the
-    extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
-    own; else "foreach", torch's operations on lists. Of a DTensor (FSDP2) each rank averages its shard.
+    bfloat16 average with decay 0.995 would be rounded back to where it was. They are views of one flat buffer
+    each per dtype of the policy, and follow the parameters to another device or dtype. `backend` is "rust" if
+    the extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
+    own; else "foreach", torch's operations on lists. Each rank averages its own shard of a DTensor (FSDP2).
 
     Raises ValueError for a decay outside [0, 1], a reset_every below 1, an unknown reset or a model with
     nothing to train; TypeError if an item is not a parameter.
@@ -626,8 +626,8 @@ class Task(Protocol):
         """One finite number per response."""
 
     def evaluate(self, responses: list[str]) -> dict:
-        """Metrics of the policy as it is, all of them numbers: `reward`, `drift`, others. `responses`: one sampled
-        for each validation prompt, always from the same seed. `samples`, {column: list of texts}, go to
+        """Metrics of the policy as it is, all numbers: `reward`, `drift`, others. `responses`: one for each
+        validation prompt, always sampled from the same seed. `samples`, {column: list of texts}, go to
         samples.md."""
 
 
@@ -647,8 +647,8 @@ class TranslationGame:
         how = (likelihood_loss, config.pretrain_updates, config)
         sender, receiver = config.model, config.receiver_model
         sender = sender or trained("sender", kind, "marian", data["texts"], data["sender"], *how)
-        receiver = receiver or trained("receiver", kind, "marian", data["texts"], data["receiver"], *how)
         self.policy, self.tokenizer = load_model("sender", sender, kind, config, config.max_length)
+        receiver = receiver or trained("receiver", kind, "marian", data["texts"], data["receiver"], *how)
         self.receiver = load_model("receiver", receiver, kind, config, config.max_length)
         self.receiver_tokenizer, self.accelerator = self.receiver[1], processes()
         optimizer = adamw((self.receiver[0], config.receiver_learning_rate))
@@ -1058,8 +1058,8 @@ def mean_logprobs(model, tokenizer, sources, targets, max_length):
 
 @torch.no_grad()
 def mean_nll(model, tokenizer, sources, targets, max_length):
-    """The mean negative log-likelihood of the targets' tokens, in nats. Its exp is the perplexity. If there is
-    no token at all, it is that of a uniform guess."""
+    """The mean negative log-likelihood of the targets' tokens, in nats; its exp is the perplexity. If there
+    is no token at all, it is that of a uniform guess."""
     scored = [target_logprobs(model, tokenizer, *texts, max_length) for texts in chunks(sources, targets)]
     tokens = sum(mask.sum().item() for _, mask in scored)
     return -sum(x.sum().item() for x, _ in scored) / tokens if tokens else math.log(len(tokenizer))

@@ -270,10 +270,11 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert not (tmp_path / "summary.md").exists()
 
 
-def test_a_method_that_cannot_be_loaded_is_named_before_the_first_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(command(tmp_path, "ppo,ppo:model=nowhere", "--seeds", "1")) == 2
-    assert "'nowhere'" in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+def test_a_model_that_cannot_be_loaded_is_named_before_the_first_run(tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    label = f"ppo:model={tmp_path / 'nothing'}"
+    assert main(command(tmp_path / "compare", f"ppo,{label}", "--seeds", "1")) == 2
+    assert "nothing" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "compare").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -42,7 +42,7 @@ from elastic_reset import (
 )
 
 SMALL = dict(
-    d_model=16, layers=1, pretrain_updates=20, reward_updates=20, pretrain_batch_size=16, updates=2,
+    d_model=16, layers=1, pretrain_updates=40, reward_updates=200, pretrain_batch_size=16, updates=2,
     batch_size=8, mini_batch_size=4, num_ppo_epochs=1, reset_every=1, eval_every=2, eval_size=8, save_every=1,
 )  # fmt: skip
 
@@ -69,9 +69,8 @@ def test_embedded_tasks_run_and_resume(small, tmp_path, capsys):
 def test_ppo_moves_the_reward(small):
     """Both tasks give the policy a reward that it can raise."""
     quick = dict(
-        pretrain_updates=60, reward_updates=400, updates=12, batch_size=32, mini_batch_size=16,
-        num_ppo_epochs=4, learning_rate=3e-3, value_learning_rate=3e-3, reset="none", eval_every=12,
-        eval_size=64,
+        updates=12, batch_size=32, mini_batch_size=16, num_ppo_epochs=4, learning_rate=3e-3,
+        value_learning_rate=3e-3, reset="none", eval_every=12, eval_size=64,
     )  # fmt: skip
     result = train(configure(**small | quick))
     assert result["end"]["reward"] > result["start"]["reward"] + 0.05
@@ -210,8 +209,8 @@ def distilbert_folder(path, texts, **settings):
 def test_sentiment_with_models_from_folders(tmp_path):
     """As with lvwerra/gpt2-imdb, lvwerra/distilbert-imdb and gpt2: three tokenizers, texts in between."""
     data, texts = reviews_folder(tmp_path / "data")
-    policy = gpt2_folder(tmp_path / "gpt2-imdb", texts)
-    language_model = gpt2_folder(tmp_path / "gpt2", texts[:3], n_layer=2)
+    policy = gpt2_folder(tmp_path / "gpt2-imdb", texts, n_positions=96)
+    language_model = gpt2_folder(tmp_path / "gpt2", texts[:3], n_positions=96, n_layer=2)
     models = dict(model=policy, language_model=language_model)
     models |= dict(reward_model=distilbert_folder(tmp_path / "distilbert", texts))
     flags = SMALL | models | dict(task="imdb", data=data, max_length=48, response_length=12, prompt_length=8)
@@ -223,7 +222,7 @@ def test_sentiment_with_models_from_folders(tmp_path):
     five = distilbert_folder(tmp_path / "five", texts, num_labels=5)
     with pytest.raises(ValueError, match="five' must have 2 labels"):
         MockSentiment(configure(**flags | dict(reward_model=five)))
-    with pytest.raises(ValueError, match="has 64 positions, too few for 80 tokens"):
+    with pytest.raises(ValueError, match="has 96 positions; 160 are needed"):
         MockSentiment(configure(**flags | dict(max_length=80)))
 
 
@@ -313,7 +312,9 @@ def stack(tmp_path):
         (tmp_path / name).mkdir()
         for split in ("train", "validation"):
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    flags = SMALL | dict(task="qa", data=str(tmp_path / "pairs"), programs=str(tmp_path / "programs"))
+    flags = SMALL | dict(
+        reward_updates=20, task="qa", data=str(tmp_path / "pairs"), programs=str(tmp_path / "programs")
+    )
     flags |= dict(model=llama_folder(tmp_path / "llama", [r["response_j"] for r in rows]))
     flags |= dict(max_length=200, response_length=12, program_length=12, lora_dropout=0.05)
     return flags | dict(prompt_length=200, output_dir=str(tmp_path / "run"))
@@ -342,7 +343,7 @@ def test_reference_is_the_model_with_its_adapter_off(stack):
     with torch.no_grad():
         for p in elastic.params:
             p.add_(0.1 * torch.randn_like(p))
-    batch, _ = respond(task.policy, task.tokenizer, task.questions[:4], **config.sampling)
+    batch, _ = respond(task.policy, task.tokenizer, task.prompts(4, 1), **config.sampling)
     ours = elastic_reset.reference_logprobs(model, elastic.by_name(elastic.init), batch)
     with task.policy.disable_adapter():
         theirs, _, _ = elastic_reset.logprobs_and_values(model, batch)
@@ -356,7 +357,9 @@ def test_a_model_without_a_trained_head_is_no_reward_model(stack):
 
 
 def test_long_questions_are_left_out(stack):
-    lengths = [len(TechnicalQA(configure(**stack | dict(prompt_length=n))).questions) for n in (200, 90)]
-    assert lengths[0] > lengths[1] > 0
+    tasks = [TechnicalQA(configure(**stack | dict(prompt_length=n))) for n in (200, 90)]
+    every, short = (set(task.prompts(100, 1)) for task in tasks)
+    assert len(every) > len(short) > 0
+    assert short == {q for q in every if len(tasks[0].tokenizer(q)["input_ids"]) <= 90}
     with pytest.raises(ValueError, match="no question has at most prompt_length"):
         TechnicalQA(configure(**stack | dict(prompt_length=3)))

@@ -8,6 +8,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 CHAPTERS = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("[0-9]*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md")), ROOT / "ema_kernel" / "README.md"]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -22,7 +23,7 @@ def test_chapter(path, monkeypatch):
 LINK = re.compile(r"\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 
 
-@pytest.mark.parametrize("path", [*CHAPTERS, ROOT / "ema_kernel" / "README.md"], ids=str)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     """To a file; to a heading; to a line that holds the words of the link."""
     text = path.read_text(encoding="utf-8")
