@@ -1013,7 +1013,7 @@ def progress(iterable, **settings):
     return tqdm(iterable, dynamic_ncols=True, disable=os.environ.get("LOCAL_RANK", "0") != "0", **settings)
 
 
-def chunks(*lists, size=64):
+def chunks(*lists, size=128):
     """Slices, `size` long, of parallel lists."""
     for i in range(0, len(lists[0]), size):
         yield tuple(items[i : i + size] for items in lists)
@@ -1060,7 +1060,8 @@ def mean_logprobs(model, tokenizer, sources, targets, max_length):
 def mean_nll(model, tokenizer, sources, targets, max_length):
     """The mean negative log-likelihood of the targets' tokens, in nats; its exp is the perplexity. If there
     is no token at all, it is that of a uniform guess."""
-    scored = [target_logprobs(model, tokenizer, *texts, max_length) for texts in chunks(sources, targets)]
+    parts = chunks(sources, targets, size=32)  # long texts over a large vocabulary take much memory
+    scored = [target_logprobs(model, tokenizer, *texts, max_length) for texts in parts]
     tokens = sum(mask.sum().item() for _, mask in scored)
     return -sum(x.sum().item() for x, _ in scored) / tokens if tokens else math.log(len(tokenizer))
 
