@@ -384,7 +384,10 @@ def plot(report: dict, path: str) -> None:
     panels = list(dict.fromkeys((row["title"], row["dtype"]) for row in updates))
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 2.6 * lines), squeeze=False)
+    shown = [sum((row["title"], row["dtype"]) == panel for row in updates) for panel in panels[::columns]]
+    heights = [0.9 + 0.17 * bars for bars in shown]
+    size = {"figsize": (5.5 * columns, sum(heights) + 0.4), "height_ratios": heights}
+    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained", **size)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, dtype) in zip(axes.flat, panels, strict=False):
@@ -401,9 +404,8 @@ def plot(report: dict, path: str) -> None:
         axis.set_xlim(0, 1.12 * max(speeds + limits))
         axis.set_title(f"{title}, {dtype} policy", fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.set_xlabel("GB/s (dashed: memory limit)", fontsize=8)
+        axis.set_xlabel("GB/s (dashed: memory limit)" if limits else "GB/s", fontsize=8)
     figure.suptitle(f"One EMA update on {report['machine']['cpu']}, {threads} thread(s)", fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
