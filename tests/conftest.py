@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+# One thread, here and in the processes that tests start: they compare numbers, and sums depend on its number.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

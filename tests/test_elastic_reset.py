@@ -409,7 +409,7 @@ def test_two_processes():
     code = "import test_elastic_reset as tests; tests.what_each_process_sees()"
     port = str(free_port())
     environment = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    environment |= dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    environment |= dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = [sys.executable, "-c", code]
     both = [subprocess.Popen(run, env=environment | dict(RANK=rank), **how) for rank in "01"]
