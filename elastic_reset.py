@@ -3,7 +3,7 @@
 # dependencies = [
 #     "torch>=2.6", "numpy>=1.26", "transformers>=5.0", "tokenizers>=0.22", "datasets>=4.0",
 #     "accelerate>=1.10", "safetensors>=0.5", "sacrebleu>=2.5", "sentencepiece>=0.2", "matplotlib>=3.8",
-#     "tqdm>=4.66", "pyyaml>=6.0", "peft>=0.17", "pydantic-monty>=1.4",
+#     "tqdm>=4.66", "pyyaml>=6.0", "filelock>=3.16", "peft>=0.17", "pydantic-monty>=1.4",
 # ]
 # ///
 """Elastic Reset: fine-tune a language model with PPO and keep its language. One file, read from the top.
@@ -33,7 +33,6 @@ Rooms: 1 Elastic Reset, 2 PPO, 3 Training, 4 Tasks, 5 Settings, 6 Models and dat
 import argparse
 import contextlib
 import copy
-import difflib
 import functools
 import hashlib
 import itertools
@@ -90,7 +89,7 @@ class ElasticReset:
     own; else "foreach", torch's operations on lists. Each rank averages its own shard of a DTensor (FSDP2).
 
     Raises ValueError for a decay outside [0, 1], a reset_every below 1, an unknown reset or a model with
-    nothing to train; TypeError if an item is not a parameter.
+    nothing to train; TypeError for an item that is not a dense parameter.
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
@@ -104,8 +103,14 @@ class ElasticReset:
         for name, p in model.named_parameters() if isinstance(model, nn.Module) else enumerate(model):
             if not isinstance(p, torch.Tensor) or not p.is_leaf:
                 raise TypeError(f"expected a module or its parameters, but item {name} is neither")
-            if p.requires_grad:
-                names.setdefault(p, str(name))
+            if not p.requires_grad:
+                continue
+            if p.is_meta or p.layout != torch.strided or p.element_size() < 2:
+                what = f"{p.dtype}, {p.layout}, on {p.device}"
+                raise TypeError(
+                    f"parameter {name} is {what}; expected a dense one in memory of 16 bits or more"
+                )
+            names.setdefault(p, str(name))
         if not names:
             raise ValueError("no parameter has requires_grad=True, so there is nothing to average or reset")
         self.params, self.names = list(names), list(names.values())
@@ -179,11 +184,13 @@ class ElasticReset:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copies a state_dict() in. Raises ValueError, with nothing changed, if a name or a shape differs."""
+        """Copies a state_dict() in. ValueError, with nothing changed, if names, shapes or dtypes differ."""
         own = self.state_dict()
         for name in sorted(own.keys() | state.keys()):
-            if name not in own or getattr(state.get(name), "shape", None) != own[name].shape:
-                raise ValueError(f"not this policy's state: {name!r} is missing, new or of another shape")
+            if name not in own or layout(state.get(name)) != layout(own[name]):
+                raise ValueError(
+                    f"not this policy's state: {name!r} is missing, new, or of another shape or dtype"
+                )
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
@@ -215,6 +222,10 @@ class ElasticReset:
             if takes:
                 policies = [as_array(policy[i].view(-1)) for i in members]
                 self._flat.append((policies, as_array(flat_ema), as_array(flat_init)))
+
+
+def layout(tensor):
+    return getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
 
 
 def local(p):
@@ -328,32 +339,28 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value["head"].weight)
         nn.init.zeros_(self.value["head"].bias)
 
-    def forward(self, input_ids, attention_mask, responses, with_values=True):
-        """Logits of the distribution that responses are sampled from, (batch, response, vocab), and values,
-        (batch, response)."""
-        inputs, n = response_inputs(self.policy, input_ids, attention_mask, responses), responses.shape[1]
-        logits, hidden = logits_and_states(self.policy, inputs, n)
+    def forward(self, batch, with_entropy=False, with_values=True):
+        """The responses' log-probabilities, values and, if asked for, entropies, (batch, response); 0 where
+        masked.
+
+        The scores that generate() returns are of no use here, because they are computed in another way (a
+        token at a time, cached), so that ratio_t would not start at 1, and have no gradient. The temperature
+        is the one sampled at, because that distribution is the policy that acted.
+        """
+        responses, mask = batch["responses"], batch["mask"]
+        inputs = response_inputs(self.policy, batch["input_ids"], batch["attention_mask"], responses)
+        logits, hidden = logits_and_states(self.policy, inputs, responses.shape[1])
         logits = logits if self.temperature == 1 else logits / self.temperature
         forbid(logits, self.policy, self.shortest)
+        all_logprobs = logits.log_softmax(-1)  # (batch, response, vocab)
+        logprobs = all_logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+        # H = - sum_a pi(a) log pi(a)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if with_entropy else torch.zeros_like(logprobs)
         if "model" in self.value and with_values:
-            hidden = self.value["model"](**inputs, use_cache=False).last_hidden_state[:, -n:]
-        return logits, self.value["head"](hidden.float()).squeeze(-1)
-
-
-def logprobs_and_values(model, batch, with_entropy=False):
-    """The responses' log-probabilities, values and, if asked for, entropies, (batch, response); 0 where
-    masked.
-
-    The scores that generate() returns are of no use here, because they are computed in another way (a token
-    at a time, cached), so that ratio_t would not start at 1, and have no gradient. The temperature is the one
-    sampled at, because that distribution is the policy that acted.
-    """
-    logits, values = model(batch["input_ids"], batch["attention_mask"], batch["responses"])
-    all_logprobs = logits.log_softmax(-1)  # (batch, response, vocab)
-    logprobs = all_logprobs.gather(-1, batch["responses"].unsqueeze(-1)).squeeze(-1)
-    # H = - sum_a pi(a) log pi(a)
-    entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if with_entropy else torch.zeros_like(logprobs)
-    return [torch.where(batch["mask"], x, 0.0) for x in (logprobs, values, entropy)]
+            whole = self.value["model"](**inputs, use_cache=False).last_hidden_state
+            hidden = whole[:, -responses.shape[1] :]
+        values = self.value["head"](hidden.float()).squeeze(-1)
+        return [torch.where(mask, x, 0.0) for x in (logprobs, values, entropy)]
 
 
 @torch.no_grad()
@@ -361,9 +368,7 @@ def reference_logprobs(model, weights, batch):
     """The responses' log-probabilities under other weights {name: tensor} of the policy. The KL penalty's
     reference is made of weights that ElasticReset keeps anyway, not of another model. (batch, response)"""
     weights = {f"policy.{name}": tensor for name, tensor in weights.items()}
-    inputs = (batch["input_ids"], batch["attention_mask"], batch["responses"])
-    logits, _ = torch.func.functional_call(model, weights, inputs, dict(with_values=False))
-    return torch.where(batch["mask"], gather_logprobs(logits, batch["responses"]), 0.0)
+    return torch.func.functional_call(model, weights, (batch,), dict(with_values=False))[0]
 
 
 @torch.no_grad()
@@ -466,7 +471,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
         # 2. Score: a reward for the response, a KL penalty for each of its tokens
         scores = score(task, prompts, texts).to(model.policy.device)  # (batch,)
         with torch.no_grad():
-            logprobs, values, _ = logprobs_and_values(model, batch)  # (batch, response)
+            logprobs, values, _ = model(batch)  # (batch, response)
         stats = dict(train_reward=scores.mean(), entropy=-masked_mean(logprobs, batch["mask"]))
         ref_logprobs = logprobs
         if run.kl_coef:
@@ -492,7 +497,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         if hasattr(task, "learn"):  # in translation, the receiver
-            stats |= run.mean_over_processes(task.learn(prompts, texts) or {})
+            stats = both(stats, run.mean_over_processes(task.learn(prompts, texts) or {}))
         if config.kl_target:  # adapt the coefficient within some 10,000 responses (arXiv 1909.08593, 2.2)
             error = min(max(stats["train_kl"] / config.kl_target - 1, -0.2), 0.2)
             run.kl_coef *= 1 + error * config.batch_size / 10_000
@@ -559,6 +564,13 @@ def score(task, prompts, texts):
         raise ValueError(f"reward() gave {str(rewards)[:60]}; expected {expected}") from error
 
 
+def both(numbers, more):
+    """The entries of two dictionaries. ValueError if they share a name."""
+    if taken := numbers.keys() & more.keys():
+        raise ValueError(f"two numbers are called {min(taken)!r}: a task's need names of their own")
+    return numbers | more
+
+
 def ppo_backward(model, minibatch, config, accelerator):
     """The gradient of ppo_loss's mean over the tokens of a minibatch, of all processes, in
     `gradient_accumulation_steps` parts. Returns the numbers to watch."""
@@ -568,7 +580,7 @@ def ppo_backward(model, minibatch, config, accelerator):
     for rows in torch.arange(len(minibatch["mask"])).chunk(config.gradient_accumulation_steps):
         part = {name: tensor[rows] for name, tensor in minibatch.items()}
         share = part["mask"].sum() / tokens
-        new = logprobs_and_values(model, part, with_entropy=config.entropy_coef > 0)
+        new = model(part, with_entropy=config.entropy_coef > 0)
         loss, stats = ppo_loss(*new, part, **settings)
         accelerator.backward(loss * share)
         for name, value in stats.items():
@@ -578,7 +590,9 @@ def ppo_backward(model, minibatch, config, accelerator):
 
 def optimizer_step(module, optimizer, config, accelerator):
     """One step on the gradient averaged over the processes. Returns the gradient's norm."""
-    parameters = [p for p in module.parameters() if p.grad is not None]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:  # one that had no part in the loss has a gradient of 0, on every process
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if accelerator.num_processes > 1:
         flat = accelerator.reduce(torch.cat([p.grad.reshape(-1) for p in parameters]), "mean")
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -598,13 +612,13 @@ def evaluate(task, model, elastic, config):
     responses, kl, start = [], [], elastic.by_name(elastic.init)
     for (prompts,) in chunks(task.validation_prompts):
         batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
-        logprobs, _, _ = logprobs_and_values(model, batch)
+        logprobs, _, _ = model(batch)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
     metrics = task.evaluate(responses)
     if not isinstance(metrics, dict) or not {"reward", "drift"} <= metrics.keys():
         raise ValueError(f"evaluate() gave {str(metrics)[:60]}; expected reward, drift and other numbers")
-    return metrics | {"kl": torch.cat(kl).mean().item()}
+    return both(metrics, dict(kl=torch.cat(kl).mean().item()))
 
 
 # ================================================= 4. Tasks ================================================
@@ -727,9 +741,10 @@ class MockSentiment:
     def reward(self, prompts, responses):
         return self._positive([prompt + text for prompt, text in zip(prompts, responses, strict=True)])
 
+    @torch.no_grad()
     def _positive(self, texts):
         """The classifier's probability of label 1."""
-        return all_class_logits(*self.classifier, texts, self.longest).softmax(-1)[:, 1].tolist()
+        return class_logits(*self.classifier, texts, self.longest).softmax(-1)[:, 1].tolist()
 
     def evaluate(self, responses):
         prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
@@ -787,10 +802,11 @@ class TechnicalQA:
     def reward(self, prompts, responses):
         return self._scores([prompt + text for prompt, text in zip(prompts, responses, strict=True)])
 
+    @torch.no_grad()
     def _scores(self, texts):
         """The raw scores of texts, question and answer, ended as in the reward model's training."""
         ended = [text + (self.scorer[1].eos_token or "") for text in texts]
-        return all_class_logits(*self.scorer, ended, 2 * self.config.max_length)[:, 0].tolist()
+        return class_logits(*self.scorer, ended, 2 * self.config.max_length)[:, 0].tolist()
 
     def evaluate(self, responses):
         prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
@@ -810,8 +826,15 @@ TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQ
 # =============================================== 5. Settings ===============================================
 
 
+def metavar(f):
+    """What a setting takes, as --help shows it."""
+    words = {int: "N", float: "X", bool: "true|false", str: "TEXT", list[str]: "TEXT"}
+    return words.get(f.type) or "|".join(get_args(f.type))
+
+
 def flag(default, help, low=None, high=math.inf, group=None):
-    """A setting with its help, its range and, on the first of a group, the group's title in --help."""
+    """A setting with its help, its range and, on the first of a group, the group's title in --help. A help
+    that begins with names of tasks says whose setting it is; others refuse it."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
 
 
@@ -861,7 +884,7 @@ class Config:
     kl_reference: Literal["init", "ema"] = flag("init", "the penalty is measured from the start or the EMA")
 
     model: str = flag("", "hub name or folder of the policy; empty: from scratch", group="Models and data")
-    reward_model: str = flag("", "hub name or folder of a classifier (imdb) or scorer (qa)")
+    reward_model: str = flag("", "imdb, qa: hub name or folder of a classifier or scorer")
     language_model: str = flag("", "imdb: hub name or folder of the model that measures perplexity")
     receiver_model: str = flag("", "translation: hub name or folder of the EN->DE receiver")
     data: str = flag("", "hub name or folder, also DIR:train[9000:]; empty: embedded data")
@@ -875,12 +898,12 @@ class Config:
     d_model: int = flag(96, "pretraining: width of a model, a multiple of 8", 8)
     layers: int = flag(1, "pretraining: layers (of the encoder and of the decoder)", 1)
     vocab_size: int = flag(0, "pretraining: BPE vocabulary; 0: one token a word", 0)
-    prompt_length: int = flag(10, "tokens of a review that make a prompt (imdb), longest question (qa)", 1)
+    prompt_length: int = flag(10, "imdb, qa: tokens of a review that make a prompt; longest question", 1)
     max_length: int = flag(64, "longest input or target text, in tokens; the rest is cut off", 2)
     pretrain_updates: int = flag(800, "pretraining: updates; 0: --model is fine-tuned already", 0)
     pretrain_batch_size: int = flag(128, "pretraining: examples per update", 1)
     pretrain_learning_rate: float = flag(2e-3, "pretraining: peak learning rate", 0, 1)
-    reward_updates: int = flag(300, "updates of a reward model trained here", 1)
+    reward_updates: int = flag(300, "imdb, qa: updates of a reward model trained here", 1)
     lora_r: int = flag(8, "qa: rank of the adapter, which alone is trained; alpha is twice that", 1)
     lora_dropout: float = flag(0.0, "qa: of stages 1 and 2; PPO has none", 0, 1)
     program_samples: int = flag(1, "qa: programs per problem; with more, pass@k too", 1)
@@ -891,12 +914,24 @@ class Config:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             kinds = {int: int, float: (int, float), bool: bool, list[str]: (list, tuple)}.get(f.type, str)
-            expected, choices = getattr(f.type, "__name__", "str"), get_args(f.type) if kinds is str else ()
+            choices = get_args(f.type) if kinds is str else ()
+            words = {
+                int: "a whole number, ",
+                bool: "true or false",
+                str: "text",
+                list[str]: "a list of texts",
+            }
+            expected = ", ".join(choices) or words.get(f.type, "")
             fine = isinstance(value, kinds) and (f.type is bool or not isinstance(value, bool))
-            if fine and low is not None:
-                fine, expected = low <= value <= high, f"{low} to {high}".replace(" to inf", " or more")
+            if low is not None:
+                expected += f"{low} to {high}".replace(" to inf", " or more")
+                fine = fine and low <= value <= high
             if not fine or choices and value not in choices:
-                raise ValueError(f"{f.name} is {value!r}; expected {', '.join(choices) or expected}")
+                raise ValueError(f"{f.name} is {value!r}; expected {expected}")
+            tasks = f.metadata["help"].partition(": ")[0].split(", ")  # as in "imdb, qa: ..."
+            others = self.task in TASKS and {*tasks} <= TASKS.keys() and self.task not in tasks
+            if others and value not in (f.default, [*f.default] if f.type == list[str] else None):
+                raise ValueError(f"{f.name} is a setting of {', '.join(tasks)}, not of {self.task}")
         for name, most in SHORTER.items():
             value, limit = getattr(self, name), getattr(self, most)
             if value > limit:
@@ -988,18 +1023,36 @@ def configure(task="custom", method="elastic-reset", preset="mini", **given) -> 
 
 
 def checked_task(config, task):
-    """The task, own or of TASKS, if train() can use it. Raises ValueError otherwise."""
+    """The task, one's own or of TASKS. ValueError if train() cannot use it."""
     if task is None and config.task not in TASKS:
         raise ValueError(f"train() got no task: give it task=..., or configure() one of {', '.join(TASKS)}")
     task = task or TASKS[config.task](config)
     for name in [*Task.__annotations__, "prompts", "reward", "evaluate"]:
         if not hasattr(task, name):
             raise ValueError(f"{type(task).__name__} has no {name}, which Task says train() needs")
-    if not task.validation_prompts or task.tokenizer.pad_token_id is None:
+    if not task.validation_prompts or getattr(task.tokenizer, "pad_token_id", None) is None:
         raise ValueError("a task needs validation_prompts to evaluate on and a tokenizer with a pad_token")
+    if not isinstance(task.policy, nn.Module) or not hasattr(task.policy, "generate"):
+        raise ValueError(f"policy is a {type(task.policy).__name__}; expected a model with generate()")
+    refuse_broken(task.policy, "the policy")
     if taken := {"model", "optimizer", "elastic", "checkpoint"} & task.trained.keys():
         raise ValueError(f"trained names {min(taken)!r}, as train() does itself; give that another name")
+    for name, part in task.trained.items():
+        if not isinstance(part, (nn.Module, torch.optim.Optimizer)):
+            raise ValueError(
+                f"trained[{name!r}] is a {type(part).__name__}; expected a module or an optimizer"
+            )
+        groups = getattr(part, "param_groups", None) or [dict(params=part.parameters())]
+        if {*task.policy.parameters()} & {p for group in groups for p in group["params"]}:
+            raise ValueError(f"trained[{name!r}] has weights of the policy, which train() trains itself")
     return task
+
+
+def refuse_broken(model, name):
+    """ValueError if a weight of the model is not a finite number."""
+    for weight, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite, in {weight}")
 
 
 # ========================================== 6. Models and data ============================================
@@ -1071,15 +1124,11 @@ def mean_nll(model, tokenizer, sources, targets, max_length):
     return -sum(x.sum().item() for x, _ in scored) / tokens if tokens else math.log(len(tokenizer))
 
 
-@torch.no_grad()
-def all_class_logits(model, tokenizer, texts, max_length):
-    """class_logits() of any number of texts, some at a time."""
-    return torch.cat([class_logits(model, tokenizer, part, max_length) for (part,) in chunks(texts)])
-
-
 def class_logits(model, tokenizer, texts, max_length):
     """(batch, labels)"""
-    return model(**tokens_of(tokenizer, texts, max_length, model.device, padding_side="right")).logits.float()
+    how = dict(padding_side="right")
+    parts = [tokens_of(tokenizer, part, max_length, model.device, **how) for (part,) in chunks(texts)]
+    return torch.cat([model(**part).logits.float() for part in parts])
 
 
 def translate(model, tokenizer, texts, max_length, response_length):
@@ -1166,6 +1215,7 @@ def load_model(role, name, kind, config, longest=0, **settings):
     if kind == "SequenceClassification" and longest and found["missing_keys"]:
         missing = min(found["missing_keys"])
         raise ValueError(f"{role} {name!r} has no trained {missing}: it cannot score texts")
+    refuse_broken(model, f"{role} {name!r}")
     if max_positions(model) < longest:
         raise ValueError(f"{role} {name!r} has {max_positions(model)} positions; {longest} are needed")
     for module in model.modules():
@@ -1359,21 +1409,30 @@ def train_tokenizer(texts, config, append_eos=True):
 # Data are rows of a hub dataset or of a local folder, or one of the small worlds of room 7.
 
 
+def name_and_split(spec):
+    """ "DIR:train[:9000]" -> "DIR", "train[:9000]", which may be None"""
+    return re.fullmatch(r"(.+?)(?::(\w+(?:\[[^\]]*\])?))?", spec, re.DOTALL).groups()
+
+
 def load_rows(spec, columns):
     """Rows {column: text} of a hub dataset or a local folder of JSONL, CSV or Parquet, "DIR" or
     "DIR:train[:9000]"; `translation: {..}` is unpacked. ValueError saying what is wrong, and in which row."""
-    from datasets import disable_progress_bar, exceptions, load_dataset, logging
+    from datasets import disable_progress_bar, load_dataset, logging
 
-    name, split = re.fullmatch(r"(.+?)(?::(\w+(?:\[[^\]]*\])?))?", spec).groups()
+    name, split = name_and_split(spec)
+    kinds = {file.suffix for file in Path(name).rglob("*")} & {".csv", ".jsonl", ".parquet"}
+    if len(kinds) > 1:
+        raise ValueError(f"data {name} holds {', '.join(sorted(kinds))} files; expected one kind")
     source = dict(path="parquet", data_files=name) if name.startswith("hf://") else dict(path=name)
     disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
     try:
         rows = load_dataset(**source, split=split or "train").to_list()
-    except (OSError, ValueError, StopIteration, exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"data {spec} cannot be read: {error.__cause__ or str(error) or 'it holds no rows'}"
-        ) from error
+    except Exception as error:  # there is no end to what may be wrong with files
+        why = error.__cause__ or str(error) or "it holds no rows"
+        raise ValueError(f"data {spec} cannot be read: {one_line(why)}") from error
+    if ".csv" in kinds and "__index_level_0__" in rows[0]:  # pandas made an index of it
+        raise ValueError(f"data {spec}: its rows have more cells than its header")
     rows = [row["translation"] if isinstance(row.get("translation"), dict) else row for row in rows]
     for (number, row), column in itertools.product(enumerate(rows, 1), columns.split()):
         value, expected = row.get(column), "0 or 1" if column == "label" else "text"
@@ -1388,7 +1447,7 @@ def load_rows(spec, columns):
 
 def train_and_held_out(config, columns):
     """The rows of data, and those to evaluate on: of validation_data or of data's split `validation`."""
-    beside = re.sub(r":\w+(\[[^\]]*\])?$", "", config.data) + ":validation"
+    beside = name_and_split(config.data)[0] + ":validation"
     return load_rows(config.data, columns), load_rows(config.validation_data or beside, columns)
 
 
@@ -1715,45 +1774,77 @@ class Run:
     def __init__(self, config):
         self.config, self.accelerator, self.folder = config, processes(), run_folder(config)
         self.main, n = self.accelerator.is_main_process, self.accelerator.num_processes
-        if self.main:
-            claim(self.folder, config)
+        self.lock = claim(self.folder, config) if self.main else None
         self.accelerator.wait_for_everyone()
         if config.batch_size % n or config.mini_batch_size % n:
             raise ValueError(f"batch_size and mini_batch_size must be multiples of the {n} processes")
         self.rows_per_step = (config.mini_batch_size or config.batch_size) // n
-        self.checkpoint = self.folder / "checkpoint" / "state.pt"
+        self.checkpoints = [self.folder / "checkpoint" / name for name in ("state.pt", "previous.pt")]
         self.update, self.kl_coef, self.history, self.samples = 0, config.kl_coef, [], []
-        self.averaging, self.began, self.stop, self.bar = 0.0, time.perf_counter(), 0.0, None
+        self.averaging, self.began, self.stop, self.bar = 0.0, time.perf_counter(), 0, None
+
+    def seconds(self):
+        """What the run has taken so far, also before it was resumed."""
+        return time.perf_counter() - self.began
 
     def begin(self, parts):
         """Names the parts that checkpoints hold; when resuming, fills them from the last checkpoint."""
         self.parts = parts
-        if self.config.resume and self.checkpoint.exists():
-            try:
-                saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-                for name, part in parts.items():
-                    part.load_state_dict(part.state_dict() | saved["parts"][name])
-                vars(self).update({name: saved[name] for name in self.COUNTERS})
-                self.began -= saved["seconds"]
-            except Exception as error:  # there is no end to what may be wrong with a file
-                raise ValueError(f"checkpoint {self.checkpoint} is damaged or another's: {error}") from error
-            if self.update > self.config.updates:
-                raise ValueError(f"{self.folder} has done {self.update} updates; set updates to more")
+        if self.config.resume and any(path.exists() for path in self.checkpoints):
+            self._restore()
         if self.main:
+            for name in ("model", "checkpoint"):
+                (self.folder / name).mkdir(exist_ok=True)
             (self.folder / "samples.md").unlink(missing_ok=True)  # where it is, the run is complete
             write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
 
+    def _restore(self):
+        """Copies in the newest checkpoint that is whole and fits this run in all its names and shapes."""
+        problems = []
+        for path in filter(Path.exists, self.checkpoints):
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                for name, part in self.parts.items():
+                    if isinstance(part, torch.optim.Optimizer) and saved["parts"][name]["state"]:
+                        give_slots(part)
+                compare_layout(self._state(), saved)
+                break
+            except Exception as error:  # there is no end to what may be wrong with a file
+                problems.append(f"checkpoint {path} is damaged or another's: {one_line(error)}")
+        else:
+            raise ValueError("; ".join(problems))
+        if not 0 <= saved["update"] <= self.config.updates:
+            raise ValueError(
+                f"{path} has done {saved['update']} updates; set updates ({self.config.updates}) to more"
+            )
+        for problem in problems:
+            print(f"{problem}; the one before is used", file=sys.stderr)
+        for name, part in self.parts.items():
+            part.load_state_dict(part.state_dict() | saved["parts"][name])
+        vars(self).update({name: saved[name] for name in self.COUNTERS})
+        self.began -= saved["seconds"]
+
+    def _state(self):
+        """What a checkpoint holds: the counters, and of each part everything but frozen weights."""
+        state = {name: getattr(self, name) for name in self.COUNTERS}
+        state |= dict(seconds=self.seconds(), parts={})
+        for name, part in self.parts.items():
+            frozen = [n for n, p in getattr(part, "named_parameters", list)() if not p.requires_grad]
+            state["parts"][name] = {n: x for n, x in part.state_dict().items() if n not in frozen}
+        return state
+
     def updates(self):
-        """The numbers of the updates to do, behind a bar. SIGINT and SIGTERM let an update end; a second one
+        """The numbers of the updates to do, behind a bar. A signal to stop lets an update end; a second one
         does not wait."""
 
         def stop(signum, frame):
             if self.stop:
                 raise KeyboardInterrupt("stopped at once")
-            self.stop = 1.0
+            self.stop = signum
 
         main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM) if main_thread}
+        heeded = [s for s in STOP_SIGNALS if main_thread and signal.getsignal(s) != signal.SIG_IGN]  # nohup
+        before = {s: signal.signal(s, stop) for s in heeded}
         how = dict(desc=f"RL, {self.config.method}", initial=self.update, total=self.config.updates)
         try:
             with progress(range(self.update + 1, self.config.updates + 1), **how) as self.bar:
@@ -1766,20 +1857,20 @@ class Run:
 
     def save_if_due(self):
         """A checkpoint every save_every updates, after the last, and when asked to stop, which then raises
-        KeyboardInterrupt."""
+        KeyboardInterrupt. The one before is kept."""
         stop = self.mean_over_processes(dict(stop=self.stop))["stop"]
         if not stop and self.update % self.config.save_every and self.update != self.config.updates:
             return
-        state = {name: getattr(self, name) for name in self.COUNTERS}
-        state |= dict(seconds=time.perf_counter() - self.began, parts={})
-        for name, part in self.parts.items():
-            frozen = [n for n, p in getattr(part, "named_parameters", list)() if not p.requires_grad]
-            state["parts"][name] = {n: x for n, x in part.state_dict().items() if n not in frozen}
         if self.main:
-            with written_whole(self.checkpoint) as aside:
-                torch.save(state, aside)
+            newest, previous = self.checkpoints
+            with written_whole(newest) as aside:
+                torch.save(self._state(), aside)
+                if newest.exists():
+                    os.replace(newest, previous)
         if stop:
-            raise KeyboardInterrupt(f"stopped after update {self.update}; --resume true goes on")
+            stopped = KeyboardInterrupt(f"stopped after update {self.update}; --resume true goes on")
+            stopped.signum = self.stop or signal.SIGTERM  # of another process
+            raise stopped
 
     def timed(self, work):
         """Does some work of the averages, and counts its seconds."""
@@ -1793,17 +1884,20 @@ class Run:
         stats = dict(zip(stats, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, value in stats.items():
             if not math.isfinite(value):
-                good = f"the last good checkpoint is {self.checkpoint}"
-                good = good if self.checkpoint.exists() else "there is no checkpoint yet"
+                good = [f"the last good checkpoint is {p}" for p in self.checkpoints if p.exists()]
+                good = good[0] if good else "there is no checkpoint yet"
                 raise FloatingPointError(f"update {self.update}: {name} is {value}; {good}")
         return stats
 
     def log(self, metrics, event="", stats=None):
         """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
         columns = {name: list(map(str, texts[:5])) for name, texts in metrics.pop("samples", {}).items()}
+        if len({*map(len, columns.values())}) > 1:
+            raise ValueError("the columns of samples that evaluate() gives differ in length")
         self.samples = [*self.samples[:1], columns]
-        line = dict(update=self.update, event=event) | (stats or {}) | self.mean_over_processes(metrics)
-        self.history.append(line | dict(seconds=round(time.perf_counter() - self.began, 2)))
+        line = dict(update=self.update, event=event, seconds=round(self.seconds(), 2))
+        line = both(both(line, stats or {}), self.mean_over_processes(metrics))
+        self.history.append(line)
         if self.main:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
         if self.bar is not None:
@@ -1828,10 +1922,16 @@ class Run:
             print(f"{name:<10}{start[name]:>10.3f}   {end[name]:.3f}")
         if self.config.reset != "none" and self.config.reset_every > self.config.updates:
             print(f"no reset: reset_every is {self.config.reset_every}, updates {self.config.updates}")
-        share = self.averaging / (time.perf_counter() - self.began)
-        print(f"averages: {elastic.backend}, {share:.2%} of the time", task.footnote, sep="\n")
-        print(f"{self.folder}:", ", ".join(sorted(p.name + "/" * p.is_dir() for p in self.folder.iterdir())))
+        print(f"averages: {elastic.backend}, {self.averaging / self.seconds():.2%} of the time")
+        print(task.footnote)
+        print(
+            f"{self.folder}:", ", ".join(sorted(p.name + "/" * p.is_dir() for p in self.folder.glob("[!.]*")))
+        )
+        self.lock.release()
         return result
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run_folder(config):
@@ -1839,33 +1939,76 @@ def run_folder(config):
 
 
 def claim(folder, config):
-    """Makes the folder. ValueError unless it is empty or holds this run, which is to be resumed."""
-    known, free = folder / "config.json", ("resume", "output_dir", "updates", "save_every")
+    """Makes the folder and returns a lock on it. ValueError if another process has it, if it holds anything
+    but this run, which is to be resumed, or if something that the run reads lies in it."""
+    from filelock import FileLock, Timeout
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
-        others = not before and [path for path in folder.iterdir() if path.suffix != ".partial"]
-        if others or not isinstance(before, dict):
+        config_file = folder / "config.json"
+        before = read_mapping(config_file) if config_file.exists() else {}
+        others = [path for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".partial"]
+        if others and "reset_every" not in before:
             raise ValueError("it holds other files")
+        texts = [
+            text for name, text in vars(config).items() if name != "output_dir" and isinstance(text, str)
+        ]
+        for text in filter(None, [*texts, *config.sender_data, *config.receiver_data]):
+            path = Path(name_and_split(text)[0]).resolve()
+            if path.exists() and path.is_relative_to(folder.resolve()):
+                raise ValueError(f"it holds {text}, which the run reads")
+        if before and not config.resume:
+            raise ValueError("it holds a run: go on with --resume true, or choose another folder")
+        for name, value in json.loads(json.dumps(asdict(config))).items():
+            fixed = name not in ("resume", "output_dir", "updates", "save_every")
+            if before and fixed and before.get(name) != value:
+                raise ValueError(f"it holds a run with {name} {before.get(name)!r}, not {value!r}")
+        if (folder / "samples.md").exists() and not list(folder.glob("checkpoint/*.pt")):
+            raise ValueError("it holds a complete run without its checkpoint")
+        lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"output_dir {folder} cannot be used: another process works in it") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"output_dir {folder} cannot be used: {error}") from error
-    if before and not config.resume:
-        raise ValueError(f"output_dir {folder} holds a run: go on with --resume true, or choose another")
-    for name, value in json.loads(json.dumps(asdict(config))).items():
-        if before and name not in free and before.get(name) != value:
-            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {value!r}")
+        raise ValueError(f"output_dir {folder} cannot be used: {one_line(error)}") from error
+    return lock
+
+
+def give_slots(optimizer):
+    """Gives a new optimizer the slots that it has after a step, by a step along a gradient of 0."""
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def compare_layout(own, saved, place="it"):
+    """ValueError unless `saved` has the names, types, shapes and dtypes of `own`, at every depth."""
+    if type(saved) is not type(own):
+        raise ValueError(f"{place} is of type {type(saved).__name__}, not {type(own).__name__}")
+    if isinstance(own, torch.Tensor) and layout(saved) != layout(own):
+        raise ValueError(f"{place} is {saved.dtype} {[*saved.shape]}, not {own.dtype} {[*own.shape]}")
+    if isinstance(own, dict):
+        if differ := own.keys() ^ saved.keys():
+            raise ValueError(f"{place}[{min(map(repr, differ))}] is missing or unknown")
+        for name, value in own.items():
+            compare_layout(value, saved[name], f"{place}[{name!r}]")
+    if isinstance(own, list) and own:  # a new run's lists are empty
+        compare_layout(dict(enumerate(own)), dict(enumerate(saved)), place)
 
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a place beside `path`; what is written there, a file or a folder, becomes `path` at the end."""
+    """Yields a place beside `path` for a file or a folder of files. At the end these take their places in one
+    step each, and nothing else is touched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield aside
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(aside, path)
+        if aside.is_dir():
+            path.mkdir(exist_ok=True)
+        for file in aside.iterdir() if aside.is_dir() else [aside]:
+            os.replace(file, path / file.name if aside.is_dir() else path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
@@ -1901,26 +2044,25 @@ def plot_run(history, path):
 
 
 def samples_text(start, end, update):
-    """samples.md: what became of the same prompts; at the end, what the start did not say in bold."""
+    """samples.md: what became of the same prompts."""
     lines = []
-    for i in range(min(map(len, [*start.values(), *end.values()]), default=0)):
+    for i in range(len(next(iter(start.values()), []))):
         lines += [f"## {i + 1}", ""]
-        for column in [column for column in start if column in end]:
-            before, after = start[column][i], end[column][i]
-            lines.append(f"- {column}: {marked(before, before)}")
-            if after != before:
-                lines.append(f"- {column}, update {update}: {marked(after, before)}")
+        for column in start:
+            lines.append(f"- {column}: {on_one_line(start[column][i])}")
+            if end[column][i] != start[column][i]:
+                lines.append(f"- {column}, **update {update}**: {on_one_line(end[column][i])}")
         lines.append("")
     return "\n".join(lines)
 
 
-def marked(text, before):
-    """Text on one line of Markdown, the words that `before` does not have at their place in bold."""
-    same = difflib.SequenceMatcher(None, before.split(), text.split(), autojunk=False).get_matching_blocks()
-    kept, number = {block.b + i for block in same for i in range(block.size)}, itertools.count()
-    bold = re.sub(r"\S+", lambda m: m[0] if next(number) in kept else f"\0{m[0]}\0", text.strip())
-    bold = bold.replace("\0 \0", " ").replace("\0", "**")
-    return bold.replace("    ", "&emsp;").replace("\n", "<br>")
+def on_one_line(text):
+    """A text in one line of Markdown that shows its lines and their indentation."""
+    return text.strip().replace("    ", "&emsp;").replace("\n", "<br>")
+
+
+def one_line(error):
+    return " ".join(str(error).split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -1929,68 +2071,64 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(argv):
-    """The settings given, {name: value}, by flags and by the file of --config. ValueError for others."""
+    """The settings given, {name: value}, by flags and by the file of --config. Config checks them."""
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser("elastic_reset.py", description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML of flags, or a run's config.json; flags win")
-    kinds = {int: dict(type=int, metavar="N"), float: dict(type=float, metavar="X")}
-    kinds |= {
-        str: dict(metavar="TEXT"),
-        bool: dict(choices=("true", "false")),
-        list[str]: dict(nargs="+", metavar="TEXT"),
-    }
     group, presets = parser, {task: PRESETS[f"{task}/mini"] for task in TASKS}
     for f in fields(Config):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         others = "".join(f"; {task} {preset[f.name]}" for task, preset in presets.items() if f.name in preset)
         default = f" (default {f.default}{others})" if f.default not in ("", (), "custom") else ""
-        kind = kinds.get(f.type) or dict(choices=get_args(f.type))
         help = f.metadata["help"].replace("METHODS", ", ".join(METHODS)) + default
-        group.add_argument(f"--{f.name}", help=help, default=argparse.SUPPRESS, **kind)
+        many = dict(nargs="+") if f.type == list[str] else {}
+        group.add_argument(f"--{f.name}", help=help, default=argparse.SUPPRESS, metavar=metavar(f), **many)
     given = vars(parser.parse_args(argv))
     if path := given.pop("config"):
-        known = vars(parser.parse_args(to_argv(read_yaml(path)))) | dict(config=None)
+        known = read_mapping(path)
         if {"method", "reset"} <= known.keys() and given.get("method", known["method"]) != known["method"]:
             raise ValueError(f"--method and --config {path}, which sets all that a method does: give one")
         given = known | given
-        given.pop("config")
-    truth = {f.name for f in fields(Config) if f.type is bool}
-    return {name: value == "true" if name in truth else value for name, value in given.items()}
+    numbers = {f.name for f in fields(Config) if f.type in (int, float, bool)}
+    return {name: value_of(value) if name in numbers else value for name, value in given.items()}
 
 
-def to_argv(flags):
-    """{"resume": True, "sender_data": ["a", "b"]} -> --resume true --sender_data a b, a list of words"""
-    argv = []
-    for name, value in flags.items():
-        words = [str(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
-        words = [words[0].lower()] if isinstance(value, bool) else words
-        argv += [f"--{name}", *words] if words else []
-    return argv
+def value_of(text):
+    """The number or truth value that a text stands for; anything else as it is."""
+    for kind in (int, float) if isinstance(text, str) else ():
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text, text) if isinstance(text, str) else text
 
 
-def read_yaml(path):
+def read_mapping(path):
+    """A file of YAML or JSON as {name: value}."""
     import yaml
 
     try:
-        flags = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        mapping = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(flags, dict) or None in flags.values():
-        raise ValueError(f"--config {path}: expected lines like kl_coef: 0.05, each with a value")
-    return flags
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
+        raise ValueError(f"{path}: expected lines like kl_coef: 0.05")
+    return mapping
 
 
 def main(argv=None) -> int:
-    """The command line. 0: done; 1: training broke off; 2: unusable flags or data; 130: interrupted."""
+    """The command line. Exit codes are 0 when done, 2 for unusable flags, data or files, 1 when training
+    broke off, and 128 + n when signal n stopped it. Call train() from Python to see where an error arose."""
     try:
         given = parse_flags(sys.argv[1:] if argv is None else argv)
         if given.get("task") not in TASKS:
             raise ValueError(f"--task is {given.get('task', 'missing')}; expected one of {', '.join(TASKS)}")
         train(configure(**given))
         return 0
-    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"elastic_reset.py: {' '.join(str(error).split()) or 'stopped'}", file=sys.stderr)
-        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    except (Exception, KeyboardInterrupt) as error:
+        print(f"elastic_reset.py: {one_line(error) or type(error).__name__}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + getattr(error, "signum", signal.SIGINT)
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
 
 
 # ===================================== 9. Other people's trainers =========================================

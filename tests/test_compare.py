@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import ROOT, TINY
 
-from elastic_reset import configure, parse_flags, to_argv
+from elastic_reset import configure, parse_flags
 from tutorials import compare as program
 from tutorials.compare import (
     STYLES,
@@ -26,6 +26,7 @@ from tutorials.compare import (
     spread,
     styles_of,
     summary_text,
+    to_argv,
     tradeoff,
 )
 

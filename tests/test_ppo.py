@@ -21,7 +21,6 @@ from elastic_reset import (
     gae,
     gather_logprobs,
     logits_and_states,
-    logprobs_and_values,
     ppo_loss,
     reference_logprobs,
     respond,
@@ -222,6 +221,19 @@ def test_any_of_several_ends_ends_a_response(policy):
     assert not {1, 7, 8} & {token for row in firsts for token in row[:-1]}
 
 
+def probabilities_of(model, batch):
+    """Those that the model gives to each token at each place of the responses, (batch, response, vocab)."""
+    with torch.no_grad():
+        columns = []
+        for t in range(batch["responses"].shape[1]):
+            for token in range(30):
+                changed = batch["responses"].clone()
+                changed[:, t] = token
+                everything = torch.ones_like(batch["mask"])
+                columns.append(model(batch | dict(responses=changed, mask=everything))[0][:, t].exp())
+    return torch.stack(columns, -1).unflatten(-1, (-1, 30))
+
+
 def chi_square(tokens, probabilities):
     """Per degree of freedom: about 1 if the tokens were drawn with these probabilities."""
     expected = probabilities * len(tokens)
@@ -238,9 +250,9 @@ def test_sampling_follows_the_scored_distribution(policy, temperature, shortest)
         torch.manual_seed(0)
         how = dict(temperature=temperature, shortest=shortest)
         batch, _ = respond(policy, tokenizer(), PROMPTS[3:4] * 4000, 1, **how)
-        inputs = [batch[name][:1] for name in ("input_ids", "attention_mask", "responses")]
-        probabilities = ActorCritic(policy, **how)(*inputs)[0][0, 0].softmax(-1)
-        others = ActorCritic(policy, temperature=1.5 * temperature)(*inputs)[0][0, 0].softmax(-1)
+        first = {name: tensor[:1] for name, tensor in batch.items()}
+        probabilities = probabilities_of(ActorCritic(policy, **how), first)[0, 0]
+        others = probabilities_of(ActorCritic(policy, temperature=1.5 * temperature), first)[0, 0]
     assert probabilities[0] == 0 and (probabilities[1] == 0) == (shortest > 0)
     assert chi_square(batch["responses"][:, 0], probabilities) < 2.5
     assert chi_square(batch["responses"][:, 0], others) > 2.5
@@ -251,8 +263,7 @@ def test_no_end_before_the_shortest_response(policy):
     layer.bias = torch.nn.Parameter(2.0 * torch.eye(30)[1])  # EOS becomes frequent
     with torch.no_grad():
         batch, _ = rollout(policy, 50, 8, shortest=3)
-        inputs = (batch["input_ids"], batch["attention_mask"], batch["responses"])
-        ends = ActorCritic(policy, shortest=3)(*inputs)[0].softmax(-1)[:, :, 1]
+        ends = probabilities_of(ActorCritic(policy, shortest=3), batch)[:, :, 1]
     assert batch["mask"].sum(1).min() == 4 and not ends[:, :3].any()
     expected = ends[:, 3].mean().item()
     assert 0.05 < expected < 0.95
@@ -262,8 +273,7 @@ def test_no_end_before_the_shortest_response(policy):
 def test_greedy_takes_the_likeliest_tokens(policy):
     batch, _ = rollout(policy, 1, 4, temperature=0)
     with torch.no_grad():
-        inputs = (batch["input_ids"], batch["attention_mask"], batch["responses"])
-        likeliest = ActorCritic(policy)(*inputs)[0].argmax(-1)
+        likeliest = probabilities_of(ActorCritic(policy), batch).argmax(-1)
     assert torch.equal(likeliest[batch["mask"]], batch["responses"][batch["mask"]])
 
 
@@ -284,14 +294,14 @@ def test_padding_does_not_matter(policy):
     batch, _ = rollout(policy)
     model = ActorCritic(policy)
     torch.nn.init.normal_(model.value["head"].weight)
-    together = logprobs_and_values(model, batch, with_entropy=True)
+    together = model(batch, with_entropy=True)
     assert all((x[~batch["mask"]] == 0).all() for x in together) and not batch["mask"].all()
     for i in range(8):
         real, length = batch["attention_mask"][i].bool(), batch["mask"][i].sum()
         alone = dict(input_ids=batch["input_ids"][i : i + 1, real], mask=batch["mask"][i : i + 1, :length])
         alone |= dict(attention_mask=torch.ones_like(alone["input_ids"]))
         alone |= dict(responses=batch["responses"][i : i + 1, :length])
-        for x, y in zip(logprobs_and_values(model, alone, with_entropy=True), together, strict=True):
+        for x, y in zip(model(alone, with_entropy=True), together, strict=True):
             torch.testing.assert_close(x[0], y[i, :length], rtol=1e-4, atol=1e-5)
 
 
@@ -301,7 +311,7 @@ def test_what_lies_behind_the_end_changes_no_loss_and_no_gradient(policy):
         other = batch | dict(responses=torch.where(batch["mask"], batch["responses"], filler))
         model = ActorCritic(copy.deepcopy(policy))
         torch.nn.init.ones_(model.value["head"].weight)
-        new = logprobs_and_values(model, other, with_entropy=True)
+        new = model(other, with_entropy=True)
         logprobs, values, _ = (x.detach() for x in new)
         zeros = torch.zeros_like(logprobs)
         rewards = shape_rewards(torch.ones(64), logprobs, zeros, batch["mask"], 0.1)
@@ -318,17 +328,16 @@ def test_what_lies_behind_the_end_changes_no_loss_and_no_gradient(policy):
 def test_ratio_is_one_before_the_first_step(policy):
     batch, _ = rollout(policy, temperature=0.7)
     model = ActorCritic(policy, temperature=0.7)
-    first, again = (logprobs_and_values(model, batch, entropy)[0] for entropy in (False, True))
+    first, again = (model(batch, entropy)[0] for entropy in (False, True))
     assert torch.equal(first, again) and (first.sum(1) < 0).all()
 
 
 def test_entropy_where_it_is_asked_for(policy):
     batch, _ = rollout(policy)
     model = ActorCritic(policy, temperature=0.8, shortest=2)
-    logits, _ = model(batch["input_ids"], batch["attention_mask"], batch["responses"])
-    p = logits.double().softmax(-1)
+    p = probabilities_of(model, batch).double()
     expected = -torch.special.xlogy(p, p).sum(-1) * batch["mask"]
-    without, entropy = (logprobs_and_values(model, batch, asked)[2] for asked in (False, True))
+    without, entropy = (model(batch, asked)[2] for asked in (False, True))
     torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
     assert (without == 0).all() and not without.requires_grad
 
@@ -337,7 +346,7 @@ def test_gradient_is_that_of_logits_without_the_forbidden_tokens(policy):
     """forbid() writes into logits that autograd knows of: against log-softmax over the other tokens alone."""
     batch, _ = rollout(policy, 1, 6, shortest=6)
     own, slow = ActorCritic(policy, 0.7, shortest=6), copy.deepcopy(policy)
-    own_logprobs, _, entropy = logprobs_and_values(own, batch, with_entropy=True)
+    own_logprobs, _, entropy = own(batch, with_entropy=True)
     inputs = response_inputs(slow, batch["input_ids"], batch["attention_mask"], batch["responses"])
     logits = slow(**inputs).logits[:, -6:, 2:] / 0.7
     slow_logprobs = gather_logprobs(logits, batch["responses"] - 2)
@@ -377,11 +386,11 @@ def test_reference_logprobs_against_a_real_copy(policy, which):
     if which == "ema":
         with elastic.averaged():
             frozen = copy.deepcopy(model)
-    expected, own = (logprobs_and_values(m, batch)[0] for m in (frozen, model))
+    expected, own = (m(batch)[0] for m in (frozen, model))
     actual = reference_logprobs(model, elastic.by_name(getattr(elastic, which)), batch)
     assert not actual.requires_grad and (own - expected).abs().max() > 0.01
     torch.testing.assert_close(actual, expected.detach())
-    assert torch.equal(logprobs_and_values(model, batch)[0], own)  # the policy is as before
+    assert torch.equal(model(batch)[0], own)  # the policy is as before
 
 
 # The value function.
@@ -390,12 +399,12 @@ def test_reference_logprobs_against_a_real_copy(policy, which):
 def test_values_start_at_zero_and_do_not_see_the_token_they_judge(policy):
     batch, _ = rollout(policy, shortest=12)
     model = ActorCritic(policy)
-    assert (logprobs_and_values(model, batch)[1] == 0).all()
+    assert (model(batch)[1] == 0).all()
     torch.nn.init.normal_(model.value["head"].weight)
-    values = logprobs_and_values(model, batch)[1]
+    values = model(batch)[1]
     changed = batch["responses"].clone()
     changed[:, 4] = 5
-    again = logprobs_and_values(model, batch | dict(responses=changed))[1]
+    again = model(batch | dict(responses=changed))[1]
     torch.testing.assert_close(values[:, :5], again[:, :5])
     assert not torch.allclose(values[:, 5:], again[:, 5:])
 
@@ -413,7 +422,7 @@ def test_separate_value_model_is_a_copy_without_the_output_layer(make):
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(2)  # the policy goes on, the value model does not follow
-    values = logprobs_and_values(model, batch)[1]
+    values = model(batch)[1]
     inputs = response_inputs(whole, batch["input_ids"], batch["attention_mask"], batch["responses"])
     output = whole(**inputs, output_hidden_states=True)
     hidden = output.decoder_hidden_states if policy.config.is_encoder_decoder else output.hidden_states
@@ -438,5 +447,5 @@ def test_value_head_teaches_the_policy(policy):
     batch, _ = rollout(policy, 1)
     model = ActorCritic(policy)
     torch.nn.init.normal_(model.value["head"].weight)
-    logprobs_and_values(model, batch)[1].sum().backward()
+    model(batch)[1].sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())

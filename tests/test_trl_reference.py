@@ -27,7 +27,6 @@ from elastic_reset import (
     ActorCritic,
     gae,
     gather_logprobs,
-    logprobs_and_values,
     ppo_loss,
     reference_logprobs,
     respond,
@@ -87,9 +86,9 @@ def batch_of(trl):
 
 
 def scored(model, batch):
-    """logprobs_and_values(), with the values' mask that of TRL."""
-    logprobs, _, entropy = logprobs_and_values(model, batch)
-    _, values, _ = logprobs_and_values(model, batch | dict(mask=batch["mask_p1"]))
+    """model(batch), with the values' mask that of TRL."""
+    logprobs, _, entropy = model(batch)
+    _, values, _ = model(batch | dict(mask=batch["mask_p1"]))
     return logprobs, values, entropy
 
 

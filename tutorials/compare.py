@@ -35,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elastic_reset
-from elastic_reset import configure, parse_flags, to_argv, write_text, written_whole
+from elastic_reset import configure, parse_flags, write_text, written_whole
 
 GRACE = 30  # seconds that a run has to end its update and save a checkpoint when the comparison is stopped
 
@@ -128,6 +128,16 @@ def finished(config):
     now = json.loads(json.dumps(asdict(config)))
     same = {name for name in now if before.get(name) != now[name]} <= {"output_dir", "resume", "save_every"}
     return same and last["update"] == config.updates and (folder / "samples.md").exists()
+
+
+def to_argv(flags):
+    """{"resume": True, "sender_data": ["a", "b"]} -> --resume true --sender_data a b, a list of words"""
+    argv = []
+    for name, value in flags.items():
+        words = [str(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
+        words = [words[0].lower()] if isinstance(value, bool) else words
+        argv += [f"--{name}", *words] if words else []
+    return argv
 
 
 def start(config, jobs):
