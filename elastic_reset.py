@@ -86,7 +86,8 @@ class ElasticReset:
     bfloat16 average with decay 0.995 would be rounded back to where it was. They are views of one flat buffer
     each per dtype of the policy, and follow the parameters to another device or dtype. `backend` is "rust" if
     the extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
-    own; else "foreach", torch's operations on lists. Each rank averages its own shard of a DTensor (FSDP2).
+    own; else "foreach", torch's operations on lists. Each rank averages its own shard of a DTensor (FSDP2:
+    give it the root module, so that whole copies of parameters that are kept between passes can be dropped).
 
     Raises ValueError for a decay outside [0, 1], a reset_every below 1, an unknown reset or a model with
     nothing to train; TypeError for an item that is not a dense parameter.
@@ -100,6 +101,9 @@ class ElasticReset:
         if reset not in RESET_RULES:
             raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
         self.decay, self.reset_every, self.rule, names = decay, int(reset_every), reset, {}
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self._fsdp = [module for module in modules if hasattr(module, "reshard")]
+        self._drop_whole_copies()
         for name, p in model.named_parameters() if isinstance(model, nn.Module) else enumerate(model):
             if not isinstance(p, torch.Tensor) or not p.is_leaf:
                 raise TypeError(f"expected a module or its parameters, but item {name} is neither")
@@ -108,7 +112,7 @@ class ElasticReset:
             if p.is_meta or p.layout != torch.strided or p.element_size() < 2:
                 what = f"{p.dtype}, {p.layout}, on {p.device}"
                 raise TypeError(
-                    f"parameter {name} is {what}; expected a dense one in memory of 16 bits or more"
+                    f"parameter {name} is {what}; expected a dense one in memory, 16 bits or wider"
                 )
             names.setdefault(p, str(name))
         if not names:
@@ -155,6 +159,7 @@ class ElasticReset:
         policy_becomes, ema_becomes = RESET_RULES[self.rule]
         torch._foreach_copy_(weights["policy"], weights[policy_becomes])
         torch._foreach_copy_(weights["ema"], weights[ema_becomes])
+        self._drop_whole_copies()
 
     @contextlib.contextmanager
     def averaged(self):
@@ -165,9 +170,11 @@ class ElasticReset:
         own = [p.clone() for p in policy]
         try:
             torch._foreach_copy_(policy, self.ema)
+            self._drop_whole_copies()
             yield
         finally:
             torch._foreach_copy_(policy, own)
+            self._drop_whole_copies()
 
     def by_name(self, weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """`weights`, listed like `params`, by name and in the policy's dtypes, for functional_call."""
@@ -184,16 +191,21 @@ class ElasticReset:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copies a state_dict() in. ValueError, with nothing changed, if names, shapes or dtypes differ."""
+        """Copies a state_dict() in; full tensors will do where this one has DTensors. Raises ValueError, with
+        nothing changed, if a name, a shape or a dtype differs."""
         own = self.state_dict()
         for name in sorted(own.keys() | state.keys()):
             if name not in own or layout(state.get(name)) != layout(own[name]):
-                raise ValueError(
-                    f"not this policy's state: {name!r} is missing, new, or of another shape or dtype"
-                )
+                raise ValueError(f"not this policy's state: {name!r} is missing, new or of another layout")
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(split_like(tensor, state[name]))
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
+
+    def _drop_whole_copies(self) -> None:
+        """FSDP2 may keep the whole parameters that it has gathered for a forward pass, and the next one would
+        not see what has been written to the shards."""
+        for module in self._fsdp:
+            module.reshard()
 
     def _follow(self) -> None:
         """Keeps the averages where the parameters are: `.to()` moves those, or changes their precision."""
@@ -241,6 +253,15 @@ def shard_like(p, average):
 
     shape = dict(shape=p.shape, stride=p.stride())
     return DTensor.from_local(average, p.device_mesh, p.placements, run_check=False, **shape)
+
+
+def split_like(own, tensor):
+    """A full tensor as a DTensor like `own`, if that is one; any other as it is."""
+    if not hasattr(own, "to_local") or hasattr(tensor, "to_local"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, own.device_mesh, own.placements)
 
 
 def kernel_takes(p):
@@ -2137,37 +2158,30 @@ def main(argv=None) -> int:
 class ElasticResetCallback:
     """Elastic Reset in transformers' Trainer and in those built on it, TRL's GRPO, RLOO, DPO and SFT:
     Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps; of
-    a PEFT model it averages and resets the adapter. Its averages lie in the checkpoints, in
-    elastic_reset.safetensors; train(resume_from_checkpoint=True) goes on from there. To resume from a
-    checkpoint outside output_dir, name it (PATH/checkpoint-N) as `checkpoint`. It works on one process and
-    with DDP, not yet with FSDP or DeepSpeed. `elastic`, the ElasticReset, is there once train() has begun."""
+    a PEFT model it averages and resets the adapter. It works on one process, with DDP and with FSDP2.
 
-    def __init__(self, decay=0.995, reset_every=17, reset="elastic", checkpoint=None):
-        self.settings, self.checkpoint, self.elastic = (decay, reset_every, reset), checkpoint, None
+    Checkpoints hold the averages in elastic_reset.safetensors: full tensors, whatever number of processes
+    saves or loads them. train(resume_from_checkpoint=True) goes on from there. A callback is not told what
+    folder the trainer resumes from: if it is not in output_dir, name it in TrainingArguments as well, as
+    resume_from_checkpoint. `elastic`, the ElasticReset, is there once train() has begun."""
+
+    def __init__(self, decay=0.995, reset_every=17, reset="elastic"):
+        self.settings, self.elastic = (decay, reset_every, reset), None
         ElasticReset([nn.Parameter(torch.zeros(1))], *self.settings)  # raises for settings that cannot be
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Begins at the model's weights or, with steps done, where their checkpoint left off. ValueError if
-        that does not hold the averages of these weights."""
+        """Begins at the model's weights or, with steps done, where their checkpoint left off."""
         from accelerate.state import AcceleratorState
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        if AcceleratorState().distributed_type in ("DEEPSPEED", "FSDP") or args.auto_find_batch_size:
-            raise ValueError("no ElasticResetCallback with DeepSpeed, FSDP or auto_find_batch_size yet")
+        shared = AcceleratorState()
+        fsdp1 = shared.distributed_type == "FSDP" and shared.fsdp_plugin.fsdp_version == 1
+        if fsdp1 or shared.distributed_type == "DEEPSPEED" or args.auto_find_batch_size:
+            which = "one process, DDP or FSDP2 (fsdp_version 2), not DeepSpeed, FSDP1 or auto_find_batch_size"
+            raise ValueError(f"ElasticResetCallback works with {which}")
         self.elastic = ElasticReset(model, *self.settings)
-        if not state.global_step:
-            return
-        usual = self._file(args, state)
-        path = Path(self.checkpoint) / usual.name if self.checkpoint else usual
-        try:
-            averages = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: {error}; name the folder resumed from as `checkpoint`") from error
-        sums, own = averages.pop("sums", torch.zeros(0)), self._sums()
-        if sums.shape != own.shape or not torch.allclose(sums, own, 1e-6, 1e-6):
-            raise ValueError(f"{path} holds another run's averages: name the right folder as `checkpoint`")
-        self.elastic.load_state_dict(averages)
+        if state.global_step:
+            self._load(args, state)
+        self.run = state.stateful_callbacks["elastic_reset_run"] = os.urandom(8).hex()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.elastic.step()
@@ -2175,16 +2189,36 @@ class ElasticResetCallback:
     def on_save(self, args, state, control, **kwargs):
         from safetensors.torch import save_file
 
-        if state.is_world_process_zero:
+        averages = {}
+        for name, tensor in self.elastic.state_dict().items():
+            if hasattr(tensor, "full_tensor"):  # all processes take part, for one parameter at a time
+                tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+            if args.should_save:
+                averages[name] = tensor.cpu()
+        if args.should_save:
             with written_whole(self._file(args, state)) as aside:
-                save_file(self.elastic.state_dict() | dict(sums=self._sums()), aside)
+                save_file(averages, aside, metadata=dict(run=self.run))
+
+    def _load(self, args, state):
+        """Raises ValueError without the averages that were saved together with the trainer's state: both have
+        the same random `run`."""
+        from safetensors import SafetensorError, safe_open
+
+        path, run = self._file(args, state), state.stateful_callbacks.get("elastic_reset_run")
+        if args.resume_from_checkpoint:
+            path = Path(args.resume_from_checkpoint) / path.name
+        hint = "TrainingArguments(resume_from_checkpoint=...) names the folder of another run"
+        try:
+            with safe_open(path, "pt") as file:
+                saved, averages = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: {error}; {hint}") from error
+        if saved != dict(run=run):
+            raise ValueError(f"{path} holds another run's averages; {hint}")
+        self.elastic.load_state_dict(averages)
 
     def _file(self, args, state):
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "elastic_reset.safetensors"
-
-    def _sums(self):
-        """By which a checkpoint's averages know the weights that they belong to."""
-        return torch.stack([p.detach().cpu().double().sum() for p in self.elastic.params])
 
     def __getattr__(self, event):
         """The trainer's other events: nothing to do. (With transformers' base class, importing this file

@@ -53,11 +53,11 @@ def test_optimizer_steps_are_counted(model, tmp_path):
     assert all(torch.equal(ema, p) for ema, p in zip(callback.elastic.ema, start, strict=True))
 
 
-def go_on(tmp_path, checkpoint, output_dir, max_steps=8, callback=None):
+def go_on(tmp_path, checkpoint, output_dir, max_steps=8, named=False):
     """Resumes a run, from the model's start as a new process would."""
-    policy = GPT2LMHeadModel.from_pretrained(tmp_path / "start")
-    callback = callback or ElasticResetCallback(0.5, 3)
-    trainer = trained(policy, tmp_path / output_dir, callback, max_steps=max_steps)
+    policy, callback = GPT2LMHeadModel.from_pretrained(tmp_path / "start"), ElasticResetCallback(0.5, 3)
+    settings = dict(resume_from_checkpoint=str(tmp_path / checkpoint)) if named else {}
+    trainer = trained(policy, tmp_path / output_dir, callback, max_steps=max_steps, **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / checkpoint))
     return policy, callback.elastic
 
@@ -68,10 +68,10 @@ def test_what_cannot_work_is_refused_early(model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="auto_find_batch_size"):
         trained(model, tmp_path / "run", ElasticResetCallback(), auto_find_batch_size=True).train()
     for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        state = SimpleNamespace(distributed_type=kind)
+        state = SimpleNamespace(distributed_type=kind, fsdp_plugin=SimpleNamespace(fsdp_version=1))
         trainer = trained(model, tmp_path / "run", ElasticResetCallback())
         monkeypatch.setattr("accelerate.state.AcceleratorState", lambda state=state: state)
-        with pytest.raises(ValueError, match="DeepSpeed, FSDP"):
+        with pytest.raises(ValueError, match="not DeepSpeed, FSDP1"):
             trainer.train()
         monkeypatch.undo()
 
@@ -83,10 +83,9 @@ def test_averages_of_another_run_are_refused(model, tmp_path):
     trained(other, tmp_path / "b", ElasticResetCallback(0.5, 3), max_steps=2, learning_rate=0.01).train()
     with pytest.raises(ValueError, match="holds another run's averages"):
         go_on(tmp_path, "a/checkpoint-2", "b")
-    with pytest.raises(ValueError, match="elastic_reset.safetensors.*name the folder resumed from"):
+    with pytest.raises(ValueError, match="elastic_reset.safetensors.*names the folder of another run"):
         go_on(tmp_path, "a/checkpoint-2", "c")
-    named = ElasticResetCallback(0.5, 3, checkpoint=tmp_path / "a" / "checkpoint-2")
-    _, elastic = go_on(tmp_path, "a/checkpoint-2", "c", max_steps=4, callback=named)
+    _, elastic = go_on(tmp_path, "a/checkpoint-2", "c", max_steps=4, named=True)
     assert (elastic.updates, elastic.resets) == (4, 1)
     _, elastic = go_on(tmp_path, "c/checkpoint-4", "c", max_steps=6)
     assert (elastic.updates, elastic.resets) == (6, 2)
