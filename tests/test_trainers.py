@@ -1,12 +1,19 @@
-"""ElasticResetCallback in other people's trainers: transformers' own and TRL's GRPO, RLOO and DPO."""
+"""ElasticResetCallback in other people's trainers: transformers' own and TRL's GRPO, RLOO and DPO, on one
+process and on two."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+from conftest import ROOT
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -172,3 +179,105 @@ def test_online_trainers(kind, model, tokenizer, tmp_path):
     )  # fmt: skip
     trainer.train()
     assert (callback.elastic.updates, callback.elastic.resets) == (3, 1)
+
+
+# On two processes
+
+
+def shard_on_the_cpu():
+    """accelerate shards on accelerators alone. Here the CPU counts as one."""
+    init = AcceleratorState.__init__
+
+    def with_plugin(self, *args, fsdp_plugin=None, **settings):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **settings)
+        self.fsdp_plugin = fsdp_plugin or self._shared_state.get("fsdp_plugin")
+        if self.fsdp_plugin is not None:  # also where something else asks for the state once more
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_plugin
+
+
+def train_as_one_of_several(kind, folder, checkpoint=""):
+    """What each process does: six optimizer steps, resets after the third and the sixth. The main one saves
+    the weights at the end."""
+    import trl
+
+    processes, main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    settings = dict(max_steps=6, save_steps=4, learning_rate=0.05, gradient_accumulation_steps=2, optim="sgd")
+    settings |= dict(per_device_train_batch_size=8 // processes, lr_scheduler_type="constant", bf16=False)
+    if processes > 1 and kind != "ddp":
+        shard_on_the_cpu()
+        layers = dict(transformer_layer_cls_to_wrap="GPT2Block", state_dict_type="SHARDED_STATE_DICT")
+        settings |= dict(fsdp=True, fsdp_config=dict(version=2, **layers))
+    model, callback = (
+        GPT2LMHeadModel.from_pretrained(Path(folder).parent / "start"),
+        ElasticResetCallback(0.5, 3),
+    )
+    if kind == "lora":
+        torch.manual_seed(1)
+        shape = dict(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
+    if kind == "grpo":
+        settings |= dict(num_generations=4, max_completion_length=6)
+        tokenizer = train_tokenizer([WORDS, " " + WORDS], configure(), append_eos=False)
+        trainer = trl.GRPOTrainer(
+            model, args=trl.GRPOConfig(folder, **settings | QUIET), processing_class=tokenizer,
+            reward_funcs=lambda completions, **kwargs: [float(text.count("a")) for text in completions],
+            train_dataset=Dataset.from_list([dict(prompt="a b")] * 64), callbacks=[callback],
+        )  # fmt: skip
+    else:
+        arguments = TrainingArguments(folder, **settings | QUIET)
+        trainer = Trainer(model, arguments, train_dataset=rows(64), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=checkpoint or None)
+    assert (callback.elastic.updates, callback.elastic.resets) == (6, 2)
+    sharded = [hasattr(p, "full_tensor") for p in callback.elastic.params]
+    assert all(sharded) if processes > 1 and kind != "ddp" else not any(sharded)
+    weights = [
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in trainer.model.parameters()
+    ]
+    if main:
+        torch.save(weights, f"{folder}/weights.pt")
+
+
+def on_processes(n, *arguments):
+    code = f"import test_trainers; test_trainers.train_as_one_of_several(*{arguments!r})"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(n),
+        "--no-python",
+    ]
+    done = subprocess.run(
+        [*launch, sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env=os.environ | dict(PYTHONPATH=paths),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(f"{arguments[1]}/weights.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "lora"])
+def test_two_processes_train_as_one_does(kind, model, tmp_path):
+    """With two micro-batches a step, the weights after the second reset, and with FSDP2 also those of a run
+    that is resumed between two resets."""
+    one, two = (on_processes(n, kind, str(tmp_path / f"{kind}{n}")) for n in (1, 2))
+    torch.testing.assert_close(two, one)
+    averages = [
+        load_file(tmp_path / f"{kind}{n}" / "checkpoint-4" / "elastic_reset.safetensors") for n in (1, 2)
+    ]
+    torch.testing.assert_close(*averages)  # and so either number of processes can go on from either
+    if kind == "fsdp":
+        folder = str(tmp_path / "fsdp2")
+        torch.testing.assert_close(
+            on_processes(2, kind, folder, folder + "/checkpoint-4"), two, rtol=0, atol=0
+        )
+
+
+def test_online_reinforcement_learning_with_shards(model, tmp_path):
+    start = [p.detach().clone() for p in model.parameters()]
+    end = on_processes(2, "grpo", str(tmp_path / "grpo2"))
+    assert all(p.isfinite().all() for p in end)
+    assert any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
