@@ -429,6 +429,10 @@ def free_port():
         return it.getsockname()[1]
 
 
+def whole_tensor(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def what_each_process_sees():
     import tempfile
 
@@ -479,6 +483,19 @@ def what_each_process_sees():
     shards.double()
     elastic.update()
     assert {ema.dtype for ema in elastic.ema} == {torch.float64}
+
+    # FSDP2 may keep the whole parameters after a forward pass. The next pass sees a reset all the same.
+    kept = fully_shard(nn.Linear(4, 3), mesh=dist.init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    elastic, x = ElasticReset(kept), torch.ones(1, 4)
+    kept(x)
+    for ema in elastic.ema:
+        ema.fill_(2.0)
+    with elastic.averaged():
+        assert (kept(x) == 10).all()
+    assert not (kept(x) == 10).any()
+    elastic.load_state_dict({name: whole_tensor(tensor) for name, tensor in elastic.state_dict().items()})
+    elastic.reset()
+    assert (kept(x) == 10).all()
     dist.destroy_process_group()
 
 
