@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -853,7 +854,7 @@ def metavar(f):
     return words.get(f.type) or "|".join(get_args(f.type))
 
 
-def flag(default, help, low=None, high=math.inf, group=None):
+def flag(default, help, low=None, high=10**9, group=None):
     """A setting with its help, its range and, on the first of a group, the group's title in --help. A help
     that begins with names of tasks says whose setting it is; others refuse it."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
@@ -867,7 +868,7 @@ class Config:
     task: str = flag("custom", "what to train: translation, imdb or qa", group="The run")
     method: str = flag("elastic-reset", "a named set of defaults, one of METHODS")
     preset: Literal["mini", "paper"] = flag("mini", "minutes on two CPU cores, or the paper's setting")
-    seed: int = flag(0, "of sampling and data order; pretraining has a fixed one", 0)
+    seed: int = flag(0, "of sampling and data order; pretraining has a fixed one", 0, 10**18)
     updates: int = flag(200, "PPO updates; each samples batch_size responses", 1)
     eval_every: int = flag(20, "updates between evaluations; each reset has one on either side", 1)
     eval_size: int = flag(256, "validation prompts (and programs) to evaluate on", 1)
@@ -945,7 +946,7 @@ class Config:
             expected = ", ".join(choices) or words.get(f.type, "")
             fine = isinstance(value, kinds) and (f.type is bool or not isinstance(value, bool))
             if low is not None:
-                expected += f"{low} to {high}".replace(" to inf", " or more")
+                expected += f"{low} to {high}".replace(f" to {10**9}", " or more")
                 fine = fine and low <= value <= high
             if not fine or choices and value not in choices:
                 raise ValueError(f"{f.name} is {value!r}; expected {expected}")
@@ -1055,7 +1056,7 @@ def checked_task(config, task):
         raise ValueError("a task needs validation_prompts to evaluate on and a tokenizer with a pad_token")
     if not isinstance(task.policy, nn.Module) or not hasattr(task.policy, "generate"):
         raise ValueError(f"policy is a {type(task.policy).__name__}; expected a model with generate()")
-    refuse_broken(task.policy, "the policy")
+    refuse_broken(task.policy)
     if taken := {"model", "optimizer", "elastic", "checkpoint"} & task.trained.keys():
         raise ValueError(f"trained names {min(taken)!r}, as train() does itself; give that another name")
     for name, part in task.trained.items():
@@ -1069,11 +1070,11 @@ def checked_task(config, task):
     return task
 
 
-def refuse_broken(model, name):
+def refuse_broken(model):
     """ValueError if a weight of the model is not a finite number."""
-    for weight, p in model.named_parameters():
+    for name, p in model.named_parameters():
         if not p.isfinite().all():
-            raise ValueError(f"{name} has weights that are not finite, in {weight}")
+            raise ValueError(f"the model's weights are not finite, in {name}")
 
 
 # ========================================== 6. Models and data ============================================
@@ -1222,33 +1223,42 @@ def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
 def load_model(role, name, kind, config, longest=0, **settings):
     """A model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by hub name or
     from a folder. ValueError if it cannot be used, as for texts of `longest` tokens."""
+    try:
+        model, tokenizer = load_pretrained(name, kind, config, longest, **settings)
+    except Exception as error:  # there is no end to what may be wrong with files
+        raise ValueError(
+            f"{role} {name!r} cannot be used as a model for {kind}: {one_line(error)}"
+        ) from error
+    return model.to(processes().device).eval(), tokenizer
+
+
+def load_pretrained(name, kind, config, longest, **settings):
     import transformers
-    from safetensors import SafetensorError
 
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     settings |= dict(dtype=getattr(torch, config.dtype), trust_remote_code=False)
-    try:
-        auto = getattr(transformers, f"AutoModelFor{kind}")
-        model, found = auto.from_pretrained(name, output_loading_info=True, **settings)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ValueError(f"{role} {name!r} cannot be loaded as a model for {kind}: {error}") from error
-    if kind == "SequenceClassification" and longest and found["missing_keys"]:
-        missing = min(found["missing_keys"])
-        raise ValueError(f"{role} {name!r} has no trained {missing}: it cannot score texts")
-    refuse_broken(model, f"{role} {name!r}")
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    model, found = auto.from_pretrained(name, output_loading_info=True, **settings)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if hasattr(model, "peft_config"):
+        raise ValueError("it is an adapter; merge it into its model first (merge_and_unload)")
+    if found["missing_keys"] and (longest or kind != "SequenceClassification"):  # else a head to train
+        raise ValueError(f"it has no trained {min(found['missing_keys'])}")
+    refuse_broken(model)
     if max_positions(model) < longest:
-        raise ValueError(f"{role} {name!r} has {max_positions(model)} positions; {longest} are needed")
+        raise ValueError(f"it has {max_positions(model)} positions; {longest} are needed")
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
             module.requires_grad_(False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"  # where decoders go on
+    tokenizer("a")  # where a damaged one fails
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         set_plain_generation(model)
-    return model.to(processes().device).eval(), tokenizer
+    return model, tokenizer
 
 
 def max_positions(model):
@@ -1432,7 +1442,7 @@ def train_tokenizer(texts, config, append_eos=True):
 
 def name_and_split(spec):
     """ "DIR:train[:9000]" -> "DIR", "train[:9000]", which may be None"""
-    return re.fullmatch(r"(.+?)(?::(\w+(?:\[[^\]]*\])?))?", spec, re.DOTALL).groups()
+    return re.fullmatch(r"(.*?)(?::(\w+(?:\[[^\]]*\])?))?", spec, re.DOTALL).groups()
 
 
 def load_rows(spec, columns):
@@ -1811,7 +1821,7 @@ class Run:
     def begin(self, parts):
         """Names the parts that checkpoints hold; when resuming, fills them from the last checkpoint."""
         self.parts = parts
-        if self.config.resume and any(path.exists() for path in self.checkpoints):
+        if self.config.resume and any(path.is_file() for path in self.checkpoints):
             self._restore()
         if self.main:
             for name in ("model", "checkpoint"):
@@ -1822,13 +1832,19 @@ class Run:
     def _restore(self):
         """Copies in the newest checkpoint that is whole and fits this run in all its names and shapes."""
         problems = []
-        for path in filter(Path.exists, self.checkpoints):
+        for path in filter(Path.is_file, self.checkpoints):
             try:
+                if damaged := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+                    raise ValueError(f"the checksum of {damaged} is wrong")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 for name, part in self.parts.items():
                     if isinstance(part, torch.optim.Optimizer) and saved["parts"][name]["state"]:
                         give_slots(part)
                 compare_layout(self._state(), saved)
+                if not all(
+                    {"update", "event", "reward", "drift", "kl"} <= line.keys() for line in saved["history"]
+                ):
+                    raise ValueError("its history is not one of evaluations")
                 break
             except Exception as error:  # there is no end to what may be wrong with a file
                 problems.append(f"checkpoint {path} is damaged or another's: {one_line(error)}")
@@ -1967,10 +1983,12 @@ def claim(folder, config):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config_file = folder / "config.json"
-        before = read_mapping(config_file) if config_file.exists() else {}
+        before = read_mapping(config_file) if config_file.is_file() else {}
         others = [path for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".partial"]
         if others and "reset_every" not in before:
             raise ValueError("it holds other files")
+        if links := [path.name for path in folder.iterdir() if path.is_symlink()]:
+            raise ValueError(f"it holds a link, {links[0]}, to where other files may be")
         texts = [
             text for name, text in vars(config).items() if name != "output_dir" and isinstance(text, str)
         ]
@@ -1984,7 +2002,8 @@ def claim(folder, config):
             fixed = name not in ("resume", "output_dir", "updates", "save_every")
             if before and fixed and before.get(name) != value:
                 raise ValueError(f"it holds a run with {name} {before.get(name)!r}, not {value!r}")
-        if (folder / "samples.md").exists() and not list(folder.glob("checkpoint/*.pt")):
+        saved = [path for path in folder.glob("checkpoint/*.pt") if path.is_file()]
+        if (folder / "samples.md").exists() and not saved:
             raise ValueError("it holds a complete run without its checkpoint")
         lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
         lock.acquire(timeout=0)
@@ -2140,6 +2159,7 @@ def main(argv=None) -> int:
     """The command line. Exit codes are 0 when done, 2 for unusable flags, data or files, 1 when training
     broke off, and 128 + n when signal n stopped it. Call train() from Python to see where an error arose."""
     try:
+        warnings.simplefilter("ignore")  # other people's; what concerns the user is an error here
         given = parse_flags(sys.argv[1:] if argv is None else argv)
         if given.get("task") not in TASKS:
             raise ValueError(f"--task is {given.get('task', 'missing')}; expected one of {', '.join(TASKS)}")

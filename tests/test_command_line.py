@@ -54,7 +54,7 @@ BAD_FLAGS = [
     ("--task imdb --lora_r 4", "lora_r is a setting of qa, not of imdb"),
     ("--task translation --reward_model x", "reward_model is a setting of imdb, qa, not of translation"),
     ("--task translation --data nowhere/at/all", "data nowhere/at/all cannot be read"),
-    ("--task translation --model nowhere/at/all", "sender 'nowhere/at/all' cannot be loaded as a model for"),
+    ("--task translation --model nowhere/at/all", "sender 'nowhere/at/all' cannot be used as a model for"),
 ]
 
 
