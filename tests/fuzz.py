@@ -48,16 +48,13 @@ TINY = dict(
 )  # fmt: skip
 
 
+OTHERS = dict(translation=("prompt_length", "reward_updates", "program_length"), imdb=("program_length",))
+
+
 def tiny(task, **flags):
     """Flags of a run that takes moments, without those of other tasks, which are refused."""
-    refused = dict(
-        translation=("prompt_length", "reward_updates", "program_length"), imdb=("program_length",)
-    )
-    return (
-        {name: value for name, value in TINY.items() if name not in refused.get(task, ())}
-        | flags
-        | dict(task=task)
-    )
+    flags = TINY | flags | dict(task=task)
+    return {name: value for name, value in flags.items() if name not in OTHERS.get(task, ())}
 
 
 class Hang(BaseException):
@@ -185,12 +182,7 @@ INSIDE = {  # what is in the folder of a run that is to go on, and flags to go o
 def flags_case(rng):
     """Random flags, a random file of flags, or something at output_dir."""
     task = rng.choice(list(TASKS))
-    flags, kind, own, f = (
-        tiny(task),
-        rng.random(),
-        (),
-        rng.choice(fields(Config)),
-    )
+    flags, kind, own, f = tiny(task), rng.random(), (), rng.choice(fields(Config))
     low, high, texts = f.metadata["low"], f.metadata["high"], f.type in (str, list[str])
     if kind < 0.03:
         return "plain run", to_argv(flags | dict(method=rng.choice(list(METHODS)))), ()
@@ -346,11 +338,8 @@ FORMATS = {  # how to read and to write a file
 def checkpoint_case(rng):
     """A run whose checkpoint, or a saved model, has one damage, and a command line that goes on with it."""
     task, kind = rng.choice(["translation", "translation", "imdb", "qa"]), rng.random()
-    flags, own, files = (
-        tiny(task, resume=True, updates=3),
-        a_run(task),
-        [*CHECKPOINT.glob("*.pt")],
-    )
+    flags, own = tiny(task, resume=True, updates=3), a_run(task)
+    files = [*CHECKPOINT.glob("*.pt")]
     if rng.random() < 0.3:
         shutil.move(MODEL, HERE / "model"), shutil.rmtree(RUN)
         flags, own = tiny(task, model="model"), ()
@@ -453,9 +442,8 @@ def run_case(kind, number, options):
     os.seteuid(root)
     os.chdir(TEMP)
     found = list(findings(damage, end, text, before, own))
-    words = [
-        word if word.strip() and word.isprintable() else repr(word) for word in argv[2 * len(TINY) - 8 :]
-    ]
+    rest = argv[2 * len(TINY) - 8 :]
+    words = [word if word.strip() and word.isprintable() else repr(word) for word in rest]
     for what, seen in found:
         line = [f"{kind}:{number}", what, damage, " ".join(words)[:120], " ".join(seen.split())[:200]]
         print(" | ".join(line).replace(str(TEMP), "TEMP"), flush=True)
