@@ -1830,36 +1830,42 @@ class Run:
             write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
 
     def _restore(self):
-        """Copies in the newest checkpoint that is whole and fits this run in all its names and shapes."""
+        """Copies in the newest checkpoint that is whole and fits."""
         problems = []
         for path in filter(Path.is_file, self.checkpoints):
             try:
-                if damaged := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
-                    raise ValueError(f"the checksum of {damaged} is wrong")
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                for name, part in self.parts.items():
-                    if isinstance(part, torch.optim.Optimizer) and saved["parts"][name]["state"]:
-                        give_slots(part)
-                compare_layout(self._state(), saved)
-                if not all(
-                    {"update", "event", "reward", "drift", "kl"} <= line.keys() for line in saved["history"]
-                ):
-                    raise ValueError("its history is not one of evaluations")
+                saved = self._read(path)
                 break
             except Exception as error:  # there is no end to what may be wrong with a file
                 problems.append(f"checkpoint {path} is damaged or another's: {one_line(error)}")
         else:
             raise ValueError("; ".join(problems))
-        if not 0 <= saved["update"] <= self.config.updates:
-            raise ValueError(
-                f"{path} has done {saved['update']} updates; set updates ({self.config.updates}) to more"
-            )
+        if saved["update"] > self.config.updates:
+            raise ValueError(f"{self.folder} has done {saved['update']} updates; set updates to more")
         for problem in problems:
             print(f"{problem}; the one before is used", file=sys.stderr)
         for name, part in self.parts.items():
             part.load_state_dict(part.state_dict() | saved["parts"][name])
         vars(self).update({name: saved[name] for name in self.COUNTERS})
         self.began -= saved["seconds"]
+
+    def _read(self, path):
+        """A checkpoint. Raises an error unless it has the names, types, shapes and dtypes of this run's."""
+        if damaged := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in self.parts.items():
+            stepped = saved["parts"][name].get("state") or name == "optimizer" and self.config.num_ppo_epochs
+            if isinstance(part, torch.optim.Optimizer) and stepped:
+                give_slots(part)
+        compare_layout(self._state(), saved)
+        for line in saved["history"]:
+            if (
+                not {"update", "event", "reward", "drift", "kl"} <= line.keys()
+                or saved["update"] < line["update"]
+            ):
+                raise ValueError("its history is not that of its updates")
+        return saved
 
     def _state(self):
         """What a checkpoint holds: the counters, and of each part everything but frozen weights."""

@@ -1,5 +1,6 @@
 """Rooms 3 and 8: the loop, a run's folder, its checkpoints, interruptions, several processes."""
 
+import copy
 import json
 import math
 import os
@@ -201,6 +202,18 @@ def test_damaged_checkpoints(tiny, tmp_path, capsys):
     damages = [b"", good[: len(good) // 2], b"no checkpoint", torch.ones(2), dict(weight=torch.ones(2))]
     damages += [state | dict(history=Code(f"touch {trace}")), state | dict(parts={})]
     damages += [{name: part for name, part in state.items() if name != "history"}]
+    damages += [state | dict(update=-1), state | dict(update="1"), state | dict(history=[{}])]
+    slots = copy.deepcopy(state)
+    del slots["parts"]["optimizer"]["state"][0]["exp_avg"]
+    for part, name, value in [
+        ("model", "value.head.bias", torch.ones(2)),
+        ("model", "value.head.bias", torch.ones(1, dtype=torch.int64)),
+        ("optimizer", "state", {}),
+        ("receiver_optimizer", "param_groups", []),
+        ("elastic", "updates", torch.tensor(0.5)),
+    ]:
+        damages.append(state | dict(parts=state["parts"] | {part: state["parts"][part] | {name: value}}))
+    damages += [slots, state | dict(parts=state["parts"] | dict(other={}))]
     for damage in damages:
         if isinstance(damage, bytes):
             checkpoint.write_bytes(damage)
@@ -212,6 +225,39 @@ def test_damaged_checkpoints(tiny, tmp_path, capsys):
         errors = capsys.readouterr().err
         assert f"checkpoint {checkpoint} is damaged" in errors and errors.count("\n") == 1
         assert contents(tmp_path) == before and not trace.exists()
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(tiny, tmp_path, capsys):
+    flags = tiny | dict(updates=3)
+    train(configure(**flags))
+    expected, newest = metrics_of(tmp_path / "run"), tmp_path / "run" / "checkpoint" / "state.pt"
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # torch alone would not notice
+    newest.write_bytes(damaged)
+    capsys.readouterr()
+    assert main(to_argv(flags | dict(resume=True))) == 0
+    assert f"checkpoint {newest} is damaged or another's: the checksum of" in capsys.readouterr().err
+    assert metrics_of(tmp_path / "run") == expected
+
+
+def test_a_folder_that_another_process_works_in(tiny, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+    code += "print('held', flush=True); input()"
+    words = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert main(to_argv(tiny)) == 2
+        assert "another process works in it" in last_line_of(capsys)
+        other.communicate(b"\n")
+
+
+def test_nothing_of_others_in_a_run_s_folder_is_touched(tiny, tmp_path):
+    train(configure(**tiny))
+    mine = tmp_path / "run" / "model" / "notes.txt"
+    mine.write_text("mine")
+    train(configure(**tiny | dict(updates=6, resume=True)))
+    assert mine.read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
