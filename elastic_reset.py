@@ -2233,7 +2233,7 @@ class ElasticResetCallback:
         path, run = self._file(args, state), state.stateful_callbacks.get("elastic_reset_run")
         if args.resume_from_checkpoint:
             path = Path(args.resume_from_checkpoint) / path.name
-        hint = "TrainingArguments(resume_from_checkpoint=...) names the folder of another run"
+        hint = "name the folder resumed from in TrainingArguments(resume_from_checkpoint=...)"
         try:
             with safe_open(path, "pt") as file:
                 saved, averages = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}

@@ -90,7 +90,7 @@ def test_averages_of_another_run_are_refused(model, tmp_path):
     trained(other, tmp_path / "b", ElasticResetCallback(0.5, 3), max_steps=2, learning_rate=0.01).train()
     with pytest.raises(ValueError, match="holds another run's averages"):
         go_on(tmp_path, "a/checkpoint-2", "b")
-    with pytest.raises(ValueError, match="elastic_reset.safetensors.*names the folder of another run"):
+    with pytest.raises(ValueError, match="elastic_reset.safetensors.*name the folder resumed from"):
         go_on(tmp_path, "a/checkpoint-2", "c")
     _, elastic = go_on(tmp_path, "a/checkpoint-2", "c", max_steps=4, named=True)
     assert (elastic.updates, elastic.resets) == (4, 1)
