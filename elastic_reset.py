@@ -634,7 +634,7 @@ def evaluate(task, model, elastic, config):
     responses, kl, start = [], [], elastic.by_name(elastic.init)
     for (prompts,) in chunks(task.validation_prompts):
         batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
-        logprobs, _, _ = model(batch)
+        logprobs, _, _ = model(batch, with_values=False)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
     metrics = task.evaluate(responses)
@@ -848,10 +848,25 @@ TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQ
 # =============================================== 5. Settings ===============================================
 
 
-def metavar(f):
-    """What a setting takes, as --help shows it."""
-    words = {int: "N", float: "X", bool: "true|false", str: "TEXT", list[str]: "TEXT"}
-    return words.get(f.type) or "|".join(get_args(f.type))
+KINDS = {  # of settings: types of the values, how --help shows one, how a message calls it
+    int: (int, "N", "a whole number, "),
+    float: ((int, float), "X", ""),
+    bool: (bool, "true|false", "true or false"),
+    str: (str, "TEXT", "text"),
+    list[str]: ((list, tuple), "TEXT", "a list of texts"),
+}
+
+
+def kind_of(f):
+    """The row of KINDS for a setting; one of several words is shown by these."""
+    words = get_args(f.type)
+    return KINDS.get(f.type) or (str, "|".join(words), ", ".join(words))
+
+
+def tasks_of(f):
+    """The tasks that a setting is for, which its help names first, as in "imdb, qa: ..."; else all."""
+    tasks = f.metadata["help"].partition(": ")[0].split(", ")
+    return tasks if {*tasks} <= TASKS.keys() else [*TASKS]
 
 
 def flag(default, help, low=None, high=10**9, group=None):
@@ -935,25 +950,16 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            kinds = {int: int, float: (int, float), bool: bool, list[str]: (list, tuple)}.get(f.type, str)
-            choices = get_args(f.type) if kinds is str else ()
-            words = {
-                int: "a whole number, ",
-                bool: "true or false",
-                str: "text",
-                list[str]: "a list of texts",
-            }
-            expected = ", ".join(choices) or words.get(f.type, "")
-            fine = isinstance(value, kinds) and (f.type is bool or not isinstance(value, bool))
+            types, _, expected = kind_of(f)
+            fine = isinstance(value, types) and (f.type is bool or not isinstance(value, bool))
             if low is not None:
                 expected += f"{low} to {high}".replace(f" to {10**9}", " or more")
                 fine = fine and low <= value <= high
-            if not fine or choices and value not in choices:
+            if not fine or f.type not in KINDS and value not in get_args(f.type):
                 raise ValueError(f"{f.name} is {value!r}; expected {expected}")
-            tasks = f.metadata["help"].partition(": ")[0].split(", ")  # as in "imdb, qa: ..."
-            others = self.task in TASKS and {*tasks} <= TASKS.keys() and self.task not in tasks
+            others = self.task in TASKS and self.task not in tasks_of(f)
             if others and value not in (f.default, [*f.default] if f.type == list[str] else None):
-                raise ValueError(f"{f.name} is a setting of {', '.join(tasks)}, not of {self.task}")
+                raise ValueError(f"{f.name} is a setting of {', '.join(tasks_of(f))}, not of {self.task}")
         for name, most in SHORTER.items():
             value, limit = getattr(self, name), getattr(self, most)
             if value > limit:
@@ -1851,8 +1857,9 @@ class Run:
 
     def _read(self, path):
         """A checkpoint. Raises an error unless it has the names, types, shapes and dtypes of this run's."""
-        if damaged := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             stepped = saved["parts"][name].get("state") or name == "optimizer" and self.config.num_ppo_epochs
@@ -1990,10 +1997,11 @@ def claim(folder, config):
         folder.mkdir(parents=True, exist_ok=True)
         config_file = folder / "config.json"
         before = read_mapping(config_file) if config_file.is_file() else {}
-        others = [path for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".partial"]
+        found = list(folder.iterdir())
+        others = [path for path in found if path.name != ".lock" and path.suffix != ".partial"]
         if others and "reset_every" not in before:
             raise ValueError("it holds other files")
-        if links := [path.name for path in folder.iterdir() if path.is_symlink()]:
+        if links := [path.name for path in found if path.is_symlink()]:
             raise ValueError(f"it holds a link, {links[0]}, to where other files may be")
         texts = [
             text for name, text in vars(config).items() if name != "output_dir" and isinstance(text, str)
@@ -2128,7 +2136,7 @@ def parse_flags(argv):
         default = f" (default {f.default}{others})" if f.default not in ("", (), "custom") else ""
         help = f.metadata["help"].replace("METHODS", ", ".join(METHODS)) + default
         many = dict(nargs="+") if f.type == list[str] else {}
-        group.add_argument(f"--{f.name}", help=help, default=argparse.SUPPRESS, metavar=metavar(f), **many)
+        group.add_argument(f"--{f.name}", help=help, default=argparse.SUPPRESS, metavar=kind_of(f)[1], **many)
     given = vars(parser.parse_args(argv))
     if path := given.pop("config"):
         known = read_mapping(path)

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import elastic_reset  # noqa: E402
-from elastic_reset import METHODS, TASKS, Config, fields, get_args  # noqa: E402
+from elastic_reset import METHODS, TASKS, Config, fields, get_args, tasks_of  # noqa: E402
 from tutorials.compare import to_argv  # noqa: E402
 
 TEMP = Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -48,13 +48,12 @@ TINY = dict(
 )  # fmt: skip
 
 
-OTHERS = dict(translation=("prompt_length", "reward_updates", "program_length"), imdb=("program_length",))
-
-
 def tiny(task, **flags):
     """Flags of a run that takes moments, without those of other tasks, which are refused."""
-    flags = TINY | flags | dict(task=task)
-    return {name: value for name, value in flags.items() if name not in OTHERS.get(task, ())}
+    own = {f.name for f in fields(Config) if task in tasks_of(f)}
+    return {
+        name: value for name, value in (TINY | flags | dict(task=task)).items() if name in own | {"config"}
+    }
 
 
 class Hang(BaseException):
