@@ -676,11 +676,13 @@ class TranslationGame:
     """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The sender, our policy, turns French into
     English, the receiver that English into German. The sender's reward is the receiver's mean log-likelihood
     per token of the German reference; the receiver learns that German by cross-entropy. Nobody checks the
-    English, so it drifts: `drift` is the human English's negative log-likelihood per token."""
+    English, so it drifts: `drift` is the human English's negative log-likelihood per token. In the embedded
+    game it is that of sentences whose words the start has right, which can only be unlearned."""
 
     def __init__(self, config: "Config"):
         self.config, data, kind = config, translation_data(config), "Seq2SeqLM"
         self.validation = data["validation"][: config.eval_size]
+        self.known = data.get("known", data["validation"])[: config.eval_size]
         self.validation_prompts = [row["fr"] for row in self.validation]
         self.german = {row["fr"]: row["de"] for row in reversed(data["train"])}  # the first of several
         french = list(dict.fromkeys(row["fr"] for row in data["train"]))
@@ -711,6 +713,7 @@ class TranslationGame:
     def evaluate(self, responses):
         """Everything by greedy decoding. The sampled `responses` are not used."""
         french, human, reference = ([row[column] for row in self.validation] for column in ("fr", "en", "de"))
+        known = [row["fr"] for row in self.known], [row["en"] for row in self.known]
         longest = self.config.max_length
         english = translate(self.policy, self.tokenizer, french, longest, self.config.response_length)
         german = translate(*self.receiver, english, longest, longest)
@@ -718,7 +721,7 @@ class TranslationGame:
         samples = {"French": french, "human English": human, "human German": reference}
         return dict(
             reward=sum(rewards) / len(rewards),
-            drift=mean_nll(self.policy, self.tokenizer, french, human, longest),
+            drift=mean_nll(self.policy, self.tokenizer, *known, longest),
             bleu_de=bleu(german, reference)[0],
             bleu_en=bleu(english, human)[0],
             samples=samples | {"English": english, "German": german},
@@ -785,7 +788,7 @@ class MockSentiment:
 class TechnicalQA:
     """Answer technical questions as a reward model likes it (the paper's section 6, StackLLaMA). `drift` is
     the policy's perplexity of held-out human answers; pass@k, on functions that are run against their tests,
-    is the alignment tax."""
+    is the alignment tax. `pass_at_1_elsewhere` measures it on prompts unlike RL's, as HumanEval's are."""
 
     trained = {}
 
@@ -805,7 +808,8 @@ class TechnicalQA:
         self.scorer = load_model("reward model", scorer, kind, config, longest, num_labels=1)
         base, self.tokenizer = load_model("policy", sft, "CausalLM", config, longest)
         self.policy = lora(base, "CausalLM", config, config.seed)
-        questions, self.problems = self._fitting(data["questions"]), data["problems"][: config.eval_size]
+        questions = self._fitting(data["questions"])
+        self.problems, self.elsewhere = (data[kind][: config.eval_size] for kind in ("problems", "elsewhere"))
         self.prompts = functools.partial(shuffled, questions, seed=config.seed)
         self.human = dict(data["validation"])
         self.validation_prompts = self._fitting(list(self.human))[: config.eval_size]
@@ -833,11 +837,16 @@ class TechnicalQA:
     def evaluate(self, responses):
         prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
         human, longest = [self.human[p] + self.tokenizer.eos_token for p in prompts], self.config.max_length
+        tax, elsewhere = (
+            pass_at_k(self.policy, self.tokenizer, problems, self.config)
+            for problems in (self.problems, self.elsewhere)
+        )
         return dict(
             reward=sum(rewards) / len(rewards),
             drift=math.exp(mean_nll(self.policy, self.tokenizer, prompts, human, longest)),
             words=sum(len(response.split()) for response in responses) / len(responses),
-            **pass_at_k(self.policy, self.tokenizer, self.problems, self.config),
+            **tax,
+            **{f"{name}_elsewhere": value for name, value in elsewhere.items()},
             samples=dict(question=prompts, answer=responses),
         )
 
@@ -994,7 +1003,10 @@ KL_COEFS = {"translation/mini": 0.02, "translation/paper": 0.05, "imdb/mini": 0.
 IWSLT = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-{}-en/train/*.parquet"
 STACK = "hf://datasets/lvwerra/stack-exchange-paired/data"
 PRESETS = {
-    "translation/mini": {},
+    "translation/mini": dict(
+        updates=400, batch_size=16, mini_batch_size=16, reset_every=100, ema_decay=0.98, kl_coef=0.01,
+        eval_every=50,
+    ),
     "translation/paper": dict(  # what is known of it; decay and period are not
         data="romrawinjp/multi30k", sender_data=[IWSLT.format("fr")], receiver_data=[IWSLT.format("de")],
         d_model=256, layers=2, vocab_size=25_000, max_length=80, response_length=60, pretrain_updates=50_000,
@@ -1005,9 +1017,9 @@ PRESETS = {
     ),
     "imdb/mini": dict(
         layers=2, prompt_length=10, response_length=32, min_response_length=32, max_length=60,
-        pretrain_updates=500, pretrain_batch_size=64, reward_updates=500, updates=120, batch_size=64,
-        mini_batch_size=32, num_ppo_epochs=4, lam=1.0, learning_rate=1e-4, value_learning_rate=3e-3,
-        reset_every=20, ema_decay=0.9, eval_size=200,
+        pretrain_updates=500, pretrain_batch_size=64, reward_updates=500, updates=240, batch_size=16,
+        mini_batch_size=16, num_ppo_epochs=4, lam=1.0, learning_rate=1e-4, value_learning_rate=3e-3,
+        reset_every=40, ema_decay=0.95, kl_coef=0.01, eval_size=200,
     ),
     "imdb/paper": dict(
         model="lvwerra/gpt2-imdb", reward_model="lvwerra/distilbert-imdb", language_model="gpt2",
@@ -1019,9 +1031,9 @@ PRESETS = {
     ),  # an update: 1,280 tokens there, 27 responses of 48 here; a minibatch: 64 tokens there, 48 here
     "qa/mini": dict(
         layers=2, max_length=200, prompt_length=200, response_length=72, pretrain_updates=500,
-        pretrain_batch_size=64, pretrain_learning_rate=3e-3, reward_updates=200, updates=40, batch_size=64,
-        mini_batch_size=32, num_ppo_epochs=2, lam=1.0, vf_coef=0.01, cliprange_value=5.0, learning_rate=4e-4,
-        value_learning_rate=3e-3, reset_every=10, ema_decay=0.82, eval_size=200,
+        pretrain_batch_size=64, pretrain_learning_rate=3e-3, reward_updates=200, updates=120, batch_size=16,
+        mini_batch_size=16, num_ppo_epochs=2, lam=1.0, vf_coef=0.01, cliprange_value=5.0, learning_rate=4e-4,
+        value_learning_rate=3e-3, reset_every=30, ema_decay=0.93, kl_coef=0.1, eval_size=200, eval_every=15,
     ),
     "qa/paper": dict(
         model="huggyllama/llama-7b", dtype="bfloat16", lora_r=16, lora_dropout=0.05,
@@ -1519,8 +1531,9 @@ ASKED = "Question: {}\n\nAnswer: "  # the paper's
 
 def qa_data(config):
     """sft and validation: (question, human answer) pairs; preferences and held_out: pairs of texts, question
-    and answer, the better one first; questions: prompts; texts: for a tokenizer; problems: a prompt,
-    program_of(response) and the value expected of that program, see run_programs()."""
+    and answer, the better one first; questions: prompts; texts: for a tokenizer; problems and, with prompts
+    of another kind, elsewhere: a prompt, program_of(response) and the value expected of that program, see
+    run_programs()."""
     if not config.data:
         return toy_qa()
     train, validation = train_and_held_out(config, "question response_j")
@@ -1535,7 +1548,7 @@ def qa_data(config):
     return dict(
         sft=sft, preferences=pairs[held_out:], held_out=pairs[:held_out], validation=validation,
         questions=list(questions), texts=[t for pair in sft + pairs for t in pair],
-        problems=list(map(humaneval, problems)),
+        problems=[], elsewhere=list(map(humaneval, problems)),
     )  # fmt: skip
 
 
@@ -1561,7 +1574,8 @@ def table(text, cell=None):
 # The embedded game. English has no gender where French and German mark it, knows synonyms and puts the time
 # first or last. The sender learns from a noisy corpus, as if mined from the web: every second word of a class
 # comes out as its neighbour more often than not. The receiver's corpus is clean. So the sender has something
-# to gain, the right words, and something to lose: English. An entry: English (synonyms), French, German.
+# to gain, the right words, and something to lose: English. Sentences of the other words alone, which the
+# start knows, measure that loss. An entry: English (synonyms), French, German.
 PEOPLE = """neighbor voisin voisine Nachbar Nachbarin / teacher professeur professeure Lehrer Lehrerin
     singer chanteur chanteuse Sänger Sängerin / dancer danseur danseuse Tänzer Tänzerin
     farmer fermier fermière Bauer Bäuerin / baker boulanger boulangère Bäcker Bäckerin
@@ -1586,12 +1600,13 @@ TIMES = """today|now aujourd'hui heute / again|anew encore wieder / often|freque
 
 
 def toy_translations(seed=0):
-    """translation_data() of the embedded game; no sentence stands in two of its parts."""
+    """translation_data() of the embedded game; no sentence stands in two of its parts. `known`: sentences
+    made of the words that the sender's corpus has right."""
     rng, seen, data = random.Random(seed), set(), {}
-    for name, size in dict(train=20_000, validation=512, receiver=20_000, sender=20_000).items():
+    for name, size in dict(train=20_000, validation=512, receiver=20_000, sender=20_000, known=512).items():
         data[name] = []
         while len(data[name]) < size:
-            row = toy_sentence(rng, noise=0.6 if name == "sender" else 0.0)
+            row = toy_sentence(rng, 0.6 if name == "sender" else 0.0, every=2 if name == "known" else 1)
             if row["fr"] not in seen:
                 seen.add(row["fr"])
                 data[name].append(row)
@@ -1601,12 +1616,13 @@ def toy_translations(seed=0):
     return data | dict(texts=texts)
 
 
-def toy_sentence(rng, noise):
-    """A row: as "la petite voisine voit un chien noir", "die kleine Nachbarin sieht einen schwarzen Hund"."""
+def toy_sentence(rng, noise, every=1):
+    """A row: as "la petite voisine voit un chien noir", "die kleine Nachbarin sieht einen schwarzen Hund". It
+    is made of every word of the tables or, with 2, of every second, those that noise leaves alone."""
 
     def draw(words, noise=0.0):
         entries = table(words)
-        i = rng.randrange(len(entries))
+        i = rng.randrange(0, len(entries), every)
         said = entries[i - 1] if i % 2 and rng.random() < noise else entries[i]
         return entries[i], rng.choice(said[0].split("|"))
 
@@ -1703,7 +1719,8 @@ def toy_gold(prompts, responses):
 # The embedded questions. A function is a base, one or two steps and perhaps an exception; an entry: words,
 # lines of code, a dot for each further indentation. In the preference pairs manners tell more than code
 # does: people like a polite and explained answer, and only half of the answers they like less are wrong. So a
-# reward model learns manners first, and code hardly: that is what PPO finds.
+# reward model learns manners first, and code hardly: that is what PPO finds. A quarter of the texts to learn
+# from ask for a function by a comment and its first line, as no prompt of RL does.
 FUNCTIONS = """the sum of a and b | r = a + b / the difference of a and b | r = a - b
     the product of a and b | r = a * b / the larger of a and b | r = b | if a > b: | .r = a
     the smaller of a and b | r = b | if a < b: | .r = a
@@ -1722,34 +1739,45 @@ ASKING = ["How do I compute", "Write a function for", "What is the code for", "P
 INTRODUCTIONS = ["Sure!", "Good question!", "Happy to help!", "Here you go:", "You can do it like this:"]
 EXPLANATIONS = ["It works for all whole numbers.", "Please tell me if it helps.", "It uses plain arithmetic."]
 EXPLANATIONS += ["The result is kept in r.", "I tried it with small numbers."]
+SIGNATURE = "def f(a, b):"
 ARGUMENTS = [(3, 5), (7, 2), (4, 4), (0, 3), (5, 0), (1, 6), (-4, 3), (2, -3), (-2, -5)]
 
 
 def toy_qa(seed=0):
     """qa_data() of the embedded corpus. The functions of validation and problems are no one else's; the
-    held-out pairs are about them."""
+    held-out pairs and `elsewhere` are about them."""
     rng = random.Random(seed)
     steps = [(step,) for step in table(STEPS, "|")] + list(itertools.permutations(table(STEPS, "|"), 2))
     functions = list(itertools.product(table(FUNCTIONS, "|"), steps, [None, *table(EXCEPTIONS, "|")]))
     functions = rng.sample(functions, len(functions))
     validation, problems, train = functions[:200], functions[200:400], functions[400:]
     sft = [(toy_question(rng, f), toy_answer(rng, f)) for f in rng.choices(train, k=12_000)]
+    bare = [(toy_comment(f), toy_code(f).removeprefix(SIGNATURE)) for f in rng.choices(train, k=4_000)]
     preferences = [toy_preference(rng, f) for f in rng.choices(train, k=12_000)]
     return dict(
-        sft=sft,
+        sft=sft + bare,
         preferences=preferences,
         held_out=[toy_preference(rng, f) for f in validation + problems],
         questions=[toy_question(rng, f) for f in rng.choices(train, k=8_000)],
         validation=[(toy_question(rng, f), toy_answer(rng, f)) for f in validation],
-        problems=[toy_problem(rng, f) for f in problems],
-        texts=[text for pair in sft + preferences for text in pair],
+        problems=[toy_problem(f, toy_question(rng, f)) for f in problems],
+        elsewhere=[toy_problem(f, toy_comment(f), SIGNATURE) for f in problems],
+        texts=[text for pair in sft + bare + preferences for text in pair],
     )
 
 
-def toy_question(rng, function):
+def toy_words(function):
+    """As "the sum of a and b, doubled"."""
     base, steps, exception = function
-    parts = [part[0] for part in (base, *steps, exception) if part]
-    return ASKED.format(f"{rng.choice(ASKING)} {', '.join(parts)}?")
+    return ", ".join(part[0] for part in (base, *steps, exception) if part)
+
+
+def toy_question(rng, function):
+    return ASKED.format(f"{rng.choice(ASKING)} {toy_words(function)}?")
+
+
+def toy_comment(function):
+    return f"# {toy_words(function)}\n{SIGNATURE}"
 
 
 def toy_code(function):
@@ -1757,7 +1785,7 @@ def toy_code(function):
     base, steps, exception = function
     lines = [line for part in (exception, base, *steps) if part for line in part[1:]]
     lines = ["    " * (1 + line.count(".")) + line.lstrip(".") for line in lines]
-    return "\n".join(["def f(a, b):", *lines, "    return r"])
+    return "\n".join([SIGNATURE, *lines, "    return r"])
 
 
 def toy_answer(rng, function, polite=0.4, explained=0.4):
@@ -1785,18 +1813,18 @@ def toy_mistake(rng, function):
     return rng.choice([entry for entry in table(FUNCTIONS, "|") if entry != base]), steps, exception
 
 
-def toy_problem(rng, function):
-    """A question, and what f returns for ARGUMENTS. Of an answer its first function counts, from `def` on as
-    long as lines are indented."""
+def toy_problem(function, prompt, begun=""):
+    """A prompt, and what f returns for ARGUMENTS. An answer's first function counts, from `def` on as long as
+    lines are indented; the prompt may have `begun` it."""
     names = {}
     exec(toy_code(function), names)  # our own text, not a model's
 
     def program_of(answer):  # Monty writes the values as text, which is safe to compare
-        found = re.search(r"^def .*(?:\n[ \t]+.*)*", answer, re.MULTILINE)
+        found = re.search(r"^def .*(?:\n[ \t]+.*)*", begun + answer, re.MULTILINE)
         return f"{found[0] if found else ''}\nf'{{[f(a, b) for a, b in {ARGUMENTS}]}}'"
 
     expected = str([names["f"](a, b) for a, b in ARGUMENTS])
-    return dict(prompt=toy_question(rng, function), program_of=program_of, expected=expected)
+    return dict(prompt=prompt, program_of=program_of, expected=expected)
 
 
 # ====================================== 8. Files and command line =========================================
