@@ -1,7 +1,6 @@
 """tutorials/compare.py: the numbers by hand, the recorded comparisons, comparisons made of processes."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -11,18 +10,26 @@ import time
 import psutil
 import pytest
 from conftest import ROOT, TINY
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elastic_reset import configure, parse_flags
 from tutorials import compare as program
 from tutorials.compare import (
+    KNOBS,
     STYLES,
     area_under_front,
+    evaluation_of,
+    expanded,
     finished,
     main,
     mean_and_error,
-    mixture_of,
+    method_of,
+    plot_basin,
+    plot_choice,
     plot_tradeoff,
     seed_means,
+    split_label,
     spread,
     styles_of,
     summary_text,
@@ -38,26 +45,96 @@ def history(*points):
     return [dict(update=i, event="", drift=d, reward=r) for i, (d, r) in enumerate(points)]
 
 
+def record_of(runs):
+    """A record with its summary; a label's settings are those that it names."""
+    record = dict(runs=runs, configs={}, command=[], commit="", torch="")
+    for label in runs:
+        own = {name: float(value) for name, value in split_label(label)[1:] if name in KNOBS}
+        record["configs"][label] = dict(task="translation", kl_coef=0.0, learning_rate=1.0) | own
+    return record | dict(summary=tradeoff(record))
+
+
 # The numbers
 
 
+def ends(*points):
+    return [dict(drift=d, reward=r) for d, r in points]
+
+
 def test_area_by_hand():
-    """Start (1, 0), reward 4 at drift 2: of the range 1 to 3 the upper half gains 4."""
-    assert area_under_front(history((1, 0), (2, 4), (2.5, 1)), 1, 3) == pytest.approx(2)
-    assert area_under_front(history((1, 0), (2, -4)), 1, 3) == 0
-    assert area_under_front(history((1, 0), (0.5, 2)), 0.5, 1.5) == pytest.approx(2)
+    """A gain of 4 over the start's 1 at drift 2: of the range 1 to 3 the upper half gains 4."""
+    assert area_under_front(ends((2, 5), (2.5, 2)), 1, 1, 3) == pytest.approx(2)
+    assert area_under_front(ends((2, -4)), 0, 1, 3) == 0
+    assert area_under_front(ends((0.5, 2)), 0, 0.5, 1.5) == pytest.approx(2)
+    assert area_under_front(ends((9, 4), (2, 1), (1, 3)), 0, 1, 3) == pytest.approx(3)
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 4), st.floats(-2, 5)), min_size=1, max_size=5))
+def test_area_against_its_definition(points):
+    places = [1 + 2 * (i + 0.5) / 2000 for i in range(2000)]
+    area = sum(max([0.0] + [r for d, r in points if d <= place]) for place in places) / 2000
+    assert area_under_front(ends(*points), 0, 1, 3) == pytest.approx(area, abs=0.02)
 
 
 def test_numbers_by_hand():
     runs = {
-        "a": {0: history((1, 0), (1.2, 2), (1.4, 3)), 1: history((1, 0), (1.1, 1), (1.8, 5))},
-        "b": {0: history((1, 0), (2, 1), (3, 9)), 1: history((1, 0), (1, 0), (1, 0))},
+        "elastic-reset": {0: history((1, 0), (1.2, 2)), 1: history((1, 0), (1.1, 1))},
+        "elastic-reset:kl_coef=0.1": {0: history((1, 0), (1, 1)), 1: history((1, 0), (1.0, 2))},
     }
-    numbers = tradeoff(runs)
-    assert numbers["range"] == [1, 1.5]
-    assert numbers["methods"]["a"]["reward"] == [3, 5] and numbers["methods"]["a"]["passed"] == [None, 2]
-    assert numbers["methods"]["b"]["drift"] == [3, 1] and numbers["methods"]["b"]["passed"] == [1, None]
-    assert numbers["methods"]["a"]["area"] == pytest.approx([(0.2 * 2 + 0.1 * 3) / 0.5, 0.4 * 1 / 0.5])
+    record = record_of(runs)
+    numbers = record["summary"]
+    assert numbers["range"] == [1, 1.5] and numbers["floor"] == 0
+    plain, other = numbers["settings"].values()
+    assert plain["reward"] == [2, 1] and plain["drift"] == [1.2, 1.1]
+    assert plain["area"] == pytest.approx([0.3 / 0.5 * 2, 0.4 / 0.5 * 1]) and other["area"] == [1, 2]
+    method = numbers["methods"]["elastic-reset"]
+    assert method["best"] == pytest.approx([1 + 0.3 / 0.5 * 1, 2])
+    assert method["chosen"] == "elastic-reset:kl_coef=0.1" and method["worst"] == "elastic-reset"
+    again = tradeoff(record | dict(chosen={"elastic-reset": "elastic-reset"}))
+    assert again["methods"]["elastic-reset"]["chosen"] == "elastic-reset"
+    with pytest.raises(ValueError, match="elastic-reset:kl_coef=0.3, chosen for"):
+        tradeoff(record | dict(chosen={"elastic-reset": "elastic-reset:kl_coef=0.3"}))
+
+
+def test_in_the_game_gains_begin_where_the_receiver_gets_alone():
+    runs = {"fixed-sender": {0: history((1, 0), (1, 3))}, "ppo": {0: history((1, 0), (1, 5))}}
+    numbers = record_of(runs)["summary"]
+    assert numbers["floor"] == 3 and numbers["settings"]["ppo"]["area"] == [2]
+
+
+def test_what_makes_a_method():
+    assert method_of("ppo") == method_of("ppo:learning_rate=0.1") == method_of("ppo-kl:kl_coef=3") == "ppo-kl"
+    assert method_of("elastic-reset:kl_coef=0.1:average=1") == "elastic-reset"
+    assert method_of("elastic-reset:reset_every=5") == "elastic-reset:reset_every=5"
+    assert method_of("tutorials/baselines.py:S2P:s2p_coef=1") == "S2P:s2p_coef=1"
+
+
+def test_several_values_are_as_many_methods():
+    assert expanded("ppo, ppo-kl:kl_coef=0.1|0.2:learning_rate=1e-3|1e-4") == [
+        "ppo",
+        "ppo-kl:kl_coef=0.1:learning_rate=1e-3",
+        "ppo-kl:kl_coef=0.1:learning_rate=1e-4",
+        "ppo-kl:kl_coef=0.2:learning_rate=1e-3",
+        "ppo-kl:kl_coef=0.2:learning_rate=1e-4",
+    ]
+
+
+def test_what_a_run_delivers_beside_its_end():
+    """Plain PPO stopped at its evaluations, the average of its weights, mixtures with the start."""
+    average = dict(update=3, event="average", drift=1.1, reward=3)
+    mixture = dict(update=3, event="eta 0.30", drift=1.2, reward=2)
+    plain = history((1, 0), (1.2, 1), (2, 4), (3, 5))
+    numbers = record_of({"ppo": {0: [*plain, average, mixture], 1: [*plain, average, mixture]}})["summary"]
+    settings = {}
+    for label, s in numbers["settings"].items():
+        settings[label] = s["method"], [*s["knobs"].values()][2:], s["reward"][0]
+    assert settings == {
+        "ppo": ("ppo-kl", [], 5),
+        "ppo, average": ("ppo-kl, averaged at the end", [], 3),
+        "ppo, eta 0.30": ("ppo-kl, mixed with the start", [0.3], 2),
+        "ppo at 1": ("ppo, stopped early", [1], 1),
+        "ppo at 2": ("ppo, stopped early", [2], 4),
+    }
 
 
 def test_mean_and_standard_error():
@@ -65,34 +142,9 @@ def test_mean_and_standard_error():
     assert mean_and_error([1.0]) == (1, 0)
 
 
-def test_means_over_common_evaluations():
-    runs = {
-        0: history((1, 0), (2, 4), (5, 5)),
-        1: [*history((1, 2)), dict(update=2, event="", drift=7, reward=9)],
-    }
-    assert seed_means(runs, "reward") == [[1, 7], [0, 5], [2, 9]]
-    assert seed_means(runs, "drift", logarithmic=True)[0] == pytest.approx([1, math.sqrt(5 * 7)])
-
-
-def test_more_looks_do_not_make_a_larger_area():
-    """Of a reset's two sides only the second counts, and only updates that every run evaluated."""
-    seldom = history((1, 0), (1, 3))
-    often = [seldom[0], dict(seldom[1], event="before reset", reward=9), seldom[1]]
-    often.append(dict(update=5, event="", drift=0.9, reward=7))
-    methods = tradeoff({"seldom": {0: seldom}, "often": {0: often}})["methods"]
-    assert methods["often"]["area"] == methods["seldom"]["area"] != [0]
-
-
-def test_a_mixture_counts_in_the_area_but_passes_nothing():
-    end = dict(update=1, event="", drift=1.4, reward=2)
-    far, near = (dict(update=1, event="eta 0.50", drift=drift, reward=5) for drift in (2, 1.2))
-    other = {0: history((1, 0), (1, 1))}
-    with_far, with_near = (
-        tradeoff({"a": {0: [*history((1, 0)), end, mixture]}, "b": other})["methods"]["a"]
-        for mixture in (far, near)
-    )
-    assert with_far["passed"] == [None] and with_far["reward"] == [2]
-    assert with_near["area"] > with_far["area"]
+def test_means_over_the_seeds():
+    runs = {0: history((1, 0), (2, 4)), 1: history((1, 2), (7, 9))}
+    assert seed_means(runs, "reward") == ([1, 6.5], [1, 2.5])
 
 
 # Recorded comparisons
@@ -101,7 +153,7 @@ def test_a_mixture_counts_in_the_area_but_passes_nothing():
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
 def test_records_give_their_numbers_and_tables_again(folder):
     record = json.loads((folder / "tradeoff.json").read_text(encoding="utf-8"))
-    assert tradeoff(record["runs"]) == record["summary"]
+    record["summary"] = tradeoff(record)
     assert summary_text(record) == (folder / "summary.md").read_text(encoding="utf-8")
 
 
@@ -135,34 +187,56 @@ def test_names_do_not_overlap_and_lie_within_the_picture():
     assert heights == pytest.approx([0.2, 0.3, 0.4, 0.85, 0.95])
 
 
-@pytest.mark.parametrize("drift", [0.5, 2, 200])
-def test_names_and_legend_of_a_picture_lie_apart(tmp_path, monkeypatch, drift):
-    """The names right of the curves, the legend's and that of the start are where no other text is."""
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
     import matplotlib.figure
 
-    figures, labels = [], ["elastic-reset", *(f"ppo-kl:kl_coef=0.{i}:mixtures=1" for i in range(8))]
-    save = matplotlib.figure.Figure.savefig
+    found, save = [], matplotlib.figure.Figure.savefig
     monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: [figures.append(self), save(self, *a, **k)]
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: [found.append(self), save(self, *a, **k)]
     )
-    mixture = dict(update=2, event="eta 0.50", drift=0.9 * drift, reward=1)
-    plot_tradeoff(
-        {
-            label: {0: [*history((1, -9), (drift, 1), (drift + i / 99, 2)), mixture]}
-            for i, label in enumerate(labels)
-        },
-        tmp_path / "picture.png",
-    )
+    return found
+
+
+@pytest.mark.parametrize("drift", [0.5, 2, 200])
+def test_names_and_legend_of_a_picture_lie_apart(tmp_path, figures, drift):
+    """The names right of the curves, the legend's and that of the start are where no other text is."""
+    labels = ["elastic-reset", *(f"ppo-kl:d_model={8 * i}" for i in range(1, 9))]
+    runs = {label: {0: history((1, -99), (drift, 1), (drift + i / 99, 2))} for i, label in enumerate(labels)}
+    plot_tradeoff(record_of(runs), tmp_path / "picture.png")
     (figure,) = figures
     figure.draw_without_rendering()
     texts = figure.axes[1].texts + figure.legends[0].texts + figure.axes[0].texts
-    assert sorted(text.get_text() for text in texts) == sorted([*labels * 2, "start, below: -9"])
+    texts = [text for text in texts if text.get_text()]
+    names = [text.get_text() for text in texts]
+    assert all(names.count(label) == 2 for label in labels)
+    assert any(name.startswith("beyond this panel\nelastic-reset: 2 at 200") for name in names) == (
+        drift == 200
+    )
     boxes = [text.get_window_extent() for text in texts]
     for i, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not any(box.overlaps(other) for other in boxes[:i]), (names[i], names)
         assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0 and box.y1 <= figure.bbox.height
-    plane, start = figure.axes[0].bbox, boxes[-1]
-    assert plane.x0 < start.x0 and start.x1 < plane.x1
+
+
+def test_pictures_of_settings(tmp_path, figures):
+    """A curve for each method over the KL coefficient, a map for each over learning rate and coefficient."""
+    runs = {
+        f"{method}:kl_coef={coef}:learning_rate={rate}": {
+            seed: history((1, 0), (1 + rate / coef, seed + rate)) for seed in (0, 1)
+        }
+        for method in ("ppo-kl", "elastic-reset")
+        for coef in (0.1, 0.2, 0.4)
+        for rate in (0.01, 0.1)
+    }
+    record = record_of(runs)
+    plot_choice(record, tmp_path / "choice.png")
+    assert [line.get_label() for line in figures[0].axes[0].containers] == ["ppo-kl", "elastic-reset"]
+    plot_basin(record, tmp_path / "basin.png")
+    # The gain is 0.5 + rate, of which 0.9 is reached at both rates but at 0.1 only with drift 1.25 at 0.4.
+    titles = [axes.get_title() for axes in figures[1].axes[:2]]
+    assert titles == [f"{m}\n{n} of 6 cells end well" for m, n in (("ppo-kl", 2), ("elastic-reset", 2))]
 
 
 # Comparisons
@@ -209,8 +283,10 @@ def test_help_points_to_the_other_flags(capsys):
 
 def test_settings_of_a_method(tmp_path):
     given = parse_flags(to_argv(GAME | dict(kl_coef=0.5)))
-    config, mixtures = program.settings_of("ppo:mixtures=9:kl_coef=0.2:model=a/b:c", 7, given, tmp_path)
-    assert mixtures == 9 and config.output_dir == str(tmp_path / "ppo,kl_coef=0.2,model=a%2Fb%3Ac" / "seed7")
+    label = "ppo:mixtures=3:average=1:kl_coef=0.2:model=a/b:c"
+    config, afterwards = program.settings_of(label, 7, given, tmp_path)
+    assert afterwards == {"eta 0.25": 0.25, "eta 0.50": 0.5, "eta 0.75": 0.75, "average": None}
+    assert config.output_dir == str(tmp_path / "ppo,kl_coef=0.2,model=a%2Fb%3Ac" / "seed7")
     other = dict(method="ppo", seed=7, kl_coef=0.2, model="a/b:c", output_dir=config.output_dir, resume=True)
     assert config == configure(**given | other)
 
@@ -238,7 +314,7 @@ def test_comparison_end_to_end_and_once_more(tmp_path, capsys):
     assert before == [place.stat().st_mtime_ns for place in places]
 
     config, _ = program.settings_of(label, 3, parse_flags(to_argv(GAME)), tmp_path)
-    mixture = mixture_of(config)  # at eta 1 the policy is that of the end, at eta 0 that of the start
+    mixture = evaluation_of(config)  # at eta 1 the policy is that of the end, at eta 0 that of the start
     first, last, names = plain["3"][0], plain["3"][-1], ("reward", "drift", "bleu_de", "bleu_en", "kl")
     assert mixture(1.0) == pytest.approx({name: last[name] for name in names}, rel=1e-5)
     start = mixture(0.0)  # the receiver, which the reward depends on, stays as it is at the end

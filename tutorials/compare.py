@@ -1,23 +1,34 @@
-"""Compares methods by the drift that they pay for their reward, each on several seeds.
+"""Compares methods by the drift that they pay for their reward, over their settings and several seeds.
 
     python tutorials/compare.py --task imdb --methods elastic-reset,ppo,ppo-kl:kl_coef=0.1 --seeds 5 --jobs 2
-    python tutorials/compare.py --read runs/imdb/compare    # table and picture of a recorded comparison again
+    python tutorials/compare.py --task imdb --methods "ppo-kl:kl_coef=0.01|0.02|0.03|0.05" --seeds 5
+    python tutorials/compare.py --read runs/imdb/compare    # tables and pictures of a record again
 
 Every run is a process of elastic_reset.py with a folder of its own, OUTPUT_DIR/METHOD/seedN; what it prints
 is in seedN.log beside it. Finished runs stay as they are and interrupted ones go on, so the same command can
 be given again, also with more seeds or methods. OUTPUT_DIR (default runs/TASK/compare) gets
 
-    tradeoff.json   every evaluation of every run, and the numbers of the table
-    summary.md      the table: mean +- standard error over the seeds
+    tradeoff.json   every evaluation of every run
+    summary.md      the tables: mean +- standard error over the seeds
     tradeoff.png    left, reward against drift; right, drift over the updates
+    choice.png      reward and drift against the KL coefficient, if a method has several
+    basin.png       which learning rates and KL coefficients end well, if a method has several of both
 
-A method may have settings of its own, behind colons. One of them is known here alone: with ppo:mixtures=9
-each run of ppo is followed by nine evaluations without further training, at theta_0 + eta (theta - theta_0)
-for nine eta between the start (0) and the end (1). That is the last stage of WARP (arXiv 2406.16768). Runs
-are shared with plain ppo, and the evaluations are kept in mixtures.jsonl in the run's folder."""
+A method may have settings of its own, behind colons; a setting with several values, divided by |, stands for
+as many methods. What differs in kl_coef and learning_rate alone is one curve, and `ppo` is the curve of
+`ppo-kl` at the coefficient 0. Plain `ppo` also gives the curve of a policy that is stopped early, at each of
+its evaluations. Two settings are known here alone, and take evaluations without further training:
+
+    ppo-kl:average=1   at the end, the moving average of the policy is evaluated too (Polyak averaging)
+    ppo:mixtures=9     so are nine mixtures theta_0 + eta (theta - theta_0) of start and end, the last stage
+                       of WARP (arXiv 2406.16768)
+
+A method of a program of its own is named by file and method: tutorials/baselines.py:S2P:s2p_coef=1. With
+--tuned_on FOLDER each method's setting is chosen by the record in FOLDER, made with other seeds."""
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import math
@@ -43,12 +54,12 @@ GRACE = 30  # seconds that a run has to end its update and save a checkpoint whe
 # =========================================== Running the methods ============================================
 
 
-def compare(labels, seeds, jobs, given, command=()):
-    """Trains every method on every seed, unless that is done, and writes the three files. Returns the
-    summary.
+def compare(labels, seeds, jobs, given, command=(), chosen=None):
+    """Trains every method on every seed, unless that is done, and writes the files. Returns the summary.
 
-    `labels`: methods as in --methods. `given`: settings that all of them share. Raises ValueError for
-    settings that cannot be used, ChildProcessError when runs failed, KeyboardInterrupt when asked to stop."""
+    `labels`: methods as in --methods. `given`: settings that all of them share. `chosen`: {method: the
+    setting that was chosen for it before}. Raises ValueError for settings that cannot be used,
+    ChildProcessError when runs failed, KeyboardInterrupt when asked to stop."""
     task, first = given.get("task", "missing"), given.get("seed", 0)
     if task not in elastic_reset.TASKS:
         raise ValueError(f"--task is {task}; expected one of {', '.join(elastic_reset.TASKS)}")
@@ -61,29 +72,61 @@ def compare(labels, seeds, jobs, given, command=()):
     runs = {(label, seed): settings_of(label, seed, given, folder) for label, seed in pairs}
     run_all([config for config, _ in runs.values()], jobs)
     histories, configs = {label: {} for label in labels}, {}
-    for (label, seed), (config, mixtures) in runs.items():
+    for (label, seed), (config, afterwards) in runs.items():
         lines = read_lines(Path(config.output_dir) / "metrics.jsonl")
-        histories[label][seed] = lines + evaluate_mixtures(config, mixtures)
-        configs.setdefault(label, asdict(config) | dict(mixtures=mixtures))
+        histories[label][seed] = lines + evaluate_afterwards(config, afterwards)
+        configs.setdefault(label, asdict(config))
     record = dict(command=["tutorials/compare.py", *command], commit=commit(), torch=torch.__version__)
-    record |= dict(summary=tradeoff(histories), configs=configs, runs=histories)
-    write_text(folder / "tradeoff.json", json.dumps(record, indent=1))
-    return write_results(record, folder)
+    record |= dict(chosen=chosen or {}, configs=configs, runs=rounded(histories))
+    write_text(folder / "tradeoff.json", json.dumps(record))
+    return write_results(read_record(folder), folder)
+
+
+def expanded(methods):
+    """--methods as a list of labels; a setting with several values gives one for each."""
+    labels = []
+    for label in methods.split(","):
+        method, *own = split_label(label.strip())
+        choices = [[f"{name}={value}" for value in values.split("|")] for name, values in own]
+        labels += [":".join([method, *settings]) for settings in itertools.product(*choices)]
+    return labels
+
+
+def split_label(label):
+    """ "ppo-kl:kl_coef=0.1" -> ["ppo-kl", ("kl_coef", "0.1")]"""
+    method, *own = re.split(r":(?=\w+=)", label)
+    return [method, *(tuple(setting.split("=", 1)) for setting in own)]
 
 
 def settings_of(label, seed, given, folder):
-    """The Config of one run of a method, and the number of mixtures to evaluate after it."""
-    method, *own = re.split(r":(?=\w+=)", label)
-    names = {word.split("=")[0] for word in own}
-    if taken := {"task", "seed", "method", "output_dir", "resume", "config"} & names:
+    """The Config of one run of a method, and {event: eta} to evaluate after it, None for the average."""
+    method, *own = split_label(label)
+    own = dict(own)
+    if taken := {"task", "seed", "method", "output_dir", "resume", "config"} & own.keys():
         raise ValueError(f"--methods {label}: {min(taken)} is the comparison's, not a method's own")
-    mixtures = next((word.split("=")[1] for word in own if word.startswith("mixtures=")), "0")
-    if not re.fullmatch(r"\d\d?", mixtures):
-        raise ValueError(f"--methods {label}: mixtures is {mixtures}; expected 0 to 99")
-    own = [word for word in own if not word.startswith("mixtures=")]
-    name = quote(",".join([method, *own]), safe=",=")  # a value may be a path
-    place = dict(method=method, seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
-    return configure(**given | parse_flags([f"--{word}" for word in own]) | place), int(mixtures)
+    mixtures, average = own.pop("mixtures", "0"), own.pop("average", "0")
+    if not re.fullmatch(r"\d\d?", mixtures) or average not in ("0", "1"):
+        raise ValueError(f"--methods {label}: mixtures is {mixtures}; expected 0 to 99, and average 0 or 1")
+    etas = [round(k / (int(mixtures) + 1), 2) for k in range(1, int(mixtures) + 1)]
+    afterwards = {f"eta {eta:.2f}": eta for eta in etas} | ({"average": None} if average == "1" else {})
+    file, _, baseline = method.rpartition(":")
+    name = quote(",".join([baseline, *(f"{name}={value}" for name, value in own.items())]), safe=",=")
+    place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
+    if not file:
+        flags = parse_flags([f"--{name}={value}" for name, value in own.items()])
+        return configure(**given | flags | place | dict(method=method)), afterwards
+    program = program_at(file)
+    _, flags = program.parse([baseline, *(f"--{name}={value}" for name, value in own.items())])
+    return program.configure_baseline(baseline, **given | flags | place), afterwards
+
+
+def program_at(file):
+    """The program of a method that is not one of elastic_reset.py's, as a module."""
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ValueError(f"--methods: there is no {file}")
+    sys.path.append(str(path.parent))
+    return importlib.import_module(path.stem)
 
 
 def run_all(configs, jobs):
@@ -145,7 +188,9 @@ def start(config, jobs):
     reach."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     Path(config.output_dir).parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, elastic_reset.__file__, *to_argv(asdict(config))]
+    program = sys.modules[type(config).__module__].__file__  # a baseline's settings have a class of their own
+    name = [] if type(config) is elastic_reset.Config else [type(config).__name__]
+    words = [sys.executable, program, *name, *to_argv(asdict(config))]
     with open(f"{config.output_dir}.log", "w", encoding="utf-8") as log:
         env = {"OMP_NUM_THREADS": str(threads)} | os.environ
         return subprocess.Popen(words, stdout=log, stderr=log, env=env, start_new_session=True)
@@ -199,27 +244,27 @@ def commit():
         return "unknown"
 
 
-# ==================================== Mixtures of the start and the end =====================================
+# ========================================= Evaluated after a run ==========================================
 
 
-def evaluate_mixtures(config, number):
-    """The evaluations of `number` mixtures of a run's start and end, lines of a history with the event "eta
-    0.30". The run's folder keeps them, and only those not there yet are computed."""
-    path = Path(config.output_dir) / "mixtures.jsonl"
+def evaluate_afterwards(config, events):
+    """The evaluations of what is made of a run's weights, lines of a history with the events "average" or
+    "eta 0.30". The run's folder keeps them, and only those not there yet are computed."""
+    path = Path(config.output_dir) / "afterwards.jsonl"
     lines = [line for line in read_lines(path) if line["update"] == config.updates] if path.exists() else []
     known = {line["event"]: line for line in lines}
-    etas = {f"eta {eta:.2f}": eta for eta in (round(k / (number + 1), 2) for k in range(1, number + 1))}
-    if missing := etas.keys() - known.keys():
-        mixture = mixture_of(config)
+    if missing := events.keys() - known.keys():
+        evaluate = evaluation_of(config)
         for event in sorted(missing):
-            known[event] = dict(update=config.updates, event=event) | mixture(etas[event])
+            known[event] = dict(update=config.updates, event=event) | evaluate(events[event])
         write_text(path, "".join(json.dumps(line) + "\n" for line in known.values()))
-    return [known[event] for event in etas]
+    return [known[event] for event in events]
 
 
-def mixture_of(config):
-    """A function that evaluates a finished run's policy at theta_0 + eta (theta - theta_0), given eta. What
-    else the run has trained, in translation the receiver, is as at its end."""
+def evaluation_of(config):
+    """A function that evaluates a finished run's policy at theta_0 + eta (theta - theta_0), given eta, or at
+    its moving average, given None. What else the run has trained, in translation the receiver, is as at its
+    end."""
     from accelerate import Accelerator
 
     task = elastic_reset.TASKS[config.task](config)
@@ -228,64 +273,113 @@ def mixture_of(config):
     elastic = elastic_reset.ElasticReset(model.policy)  # its init is theta_0
     path = Path(config.output_dir) / "checkpoint" / "state.pt"
     saved = torch.load(path, map_location="cpu", weights_only=True)["parts"]
-    for name, part in (dict(model=model) | task.trained).items():
+    for name, part in (dict(model=model, elastic=elastic) | task.trained).items():
         part.load_state_dict(part.state_dict() | saved[name])
     trained = [p.detach().to(i.dtype, copy=True) for p, i in zip(elastic.params, elastic.init, strict=True)]
 
     @torch.no_grad()
-    def mixture(eta):
-        for p, theta_0, theta in zip(elastic.params, elastic.init, trained, strict=True):
-            p.copy_(torch.lerp(theta_0, theta, eta))
+    def evaluation(eta):
+        for p, start, end, average in zip(elastic.params, elastic.init, trained, elastic.ema, strict=True):
+            p.copy_(average if eta is None else torch.lerp(start, end, eta))
         metrics = elastic_reset.evaluate(task, model, elastic, config)
         return {name: value for name, value in metrics.items() if name != "samples"}
 
-    return mixture
+    return evaluation
 
 
 # =============================================== The numbers ================================================
 
+KNOBS = ("kl_coef", "learning_rate")  # settings along which a method is a curve
 
-def tradeoff(histories):
-    """{"start", "range", "methods": {label: {reward, drift, area, passed}}}, each of the four with a value
-    per seed.
 
-    reward, drift: at the run's end. range: from the lowest drift of any run to 1.5 times the start's. area:
-    the best reward at a drift of at most d, less the start's, averaged over d in the range. Only updates that
-    all runs evaluated count, after a reset if there was one, since more looks would find more. (Mixtures
-    count: they are what such a method delivers, but they are that many looks more.) passed: the first update
-    that drifts beyond the range, or None."""
-    all_runs = [history for runs in histories.values() for history in runs.values()]
-    lines = [line for history in all_runs for line in history]
-    low, high = min(line["drift"] for line in lines), 1.5 * lines[0]["drift"]
-    shared = set.intersection(*({line["update"] for line in history} for history in all_runs))
+def rounded(histories):
+    """Six digits of every number; times and losses of single minibatches are left out."""
+    names = ("seconds", "loss", "policy_loss", "value_loss", "policy_kl", "clipfrac", "gradient")
+
+    def short(line):
+        kept = {name: value for name, value in line.items() if name not in names}
+        return {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in kept.items()}
+
+    return {
+        label: {str(seed): [short(line) for line in history] for seed, history in runs.items()}
+        for label, runs in histories.items()
+    }
+
+
+def tradeoff(record):
+    """{"start", "floor", "range", "settings": {label: numbers}, "methods": {method: numbers}}.
+
+    A setting has the evaluation of each seed that it delivers, `ends`, and per seed reward, drift and area:
+    the gain in reward over `floor` at a drift of at most d, averaged over d in the range, from the start's
+    drift to 1.5 times that. The floor is the start's reward or, in the game, that of the sender that stays
+    fixed, because what the receiver gains alone is not a method's. A method is made of all settings that
+    differ in KNOBS alone. It has `labels`, their areas taken together (`best`, the better of them at each
+    drift, per seed), the label `chosen`, as given or else that of the largest mean area, and the `worst`."""
+    histories, chosen = record["runs"], record.get("chosen", {})
+    start, settings = next(iter(next(iter(histories.values())).values()))[0], {}
+    low, high = start["drift"], 1.5 * start["drift"]
+    fixed = [history[-1]["reward"] for history in histories.get("fixed-sender", {}).values()]
+    floor = mean_and_error(fixed or [start["reward"]])[0]
+    for label, method, knobs, ends in delivered(histories, record["configs"]):
+        areas = [area_under_front([end], floor, low, high) for end in ends.values()]
+        numbers = {name: [end[name] for end in ends.values()] for name in ("reward", "drift")}
+        settings[label] = dict(label=label, method=method, knobs=knobs, ends=ends, area=areas) | numbers
     methods = {}
+    for method in dict.fromkeys(setting["method"] for setting in settings.values()):
+        own = {label: s for label, s in settings.items() if s["method"] == method}
+        ranked = sorted(own, key=lambda label: mean_and_error(own[label]["area"])[0])
+        together = zip(*(setting["ends"].values() for setting in own.values()), strict=True)
+        best = [area_under_front(ends, floor, low, high) for ends in together]
+        choice = chosen.get(method, ranked[-1])
+        if choice not in own:
+            raise ValueError(f"{choice}, chosen for {method}, is not among the settings that were run")
+        methods[method] = dict(labels=list(own), best=best, chosen=choice, worst=ranked[0])
+    return dict(start=start, floor=floor, range=[low, high], settings=settings, methods=methods)
+
+
+def delivered(histories, configs):
+    """What every method delivers: (label, method, {knob: value}, {seed: evaluation}) tuples."""
     for label, runs in histories.items():
-        training = [during_training(history) for history in runs.values()]
-        looks = [
-            [e for e in h if e["update"] in shared and e["event"] != "before reset"] for h in runs.values()
-        ]
-        methods[label] = dict(
-            reward=[history[-1]["reward"] for history in training],
-            drift=[history[-1]["drift"] for history in training],
-            area=[area_under_front(history, low, high) for history in looks],
-            passed=[next((e["update"] for e in h if e["drift"] > high), None) for h in training],
-        )
-    return dict(start=lines[0], range=[low, high], methods=methods)
+        method, knobs = method_of(label), {knob: configs[label][knob] for knob in KNOBS}
+        yield label, method, knobs, {seed: during_training(h)[-1] for seed, h in runs.items()}
+        for event in [line["event"] for line in next(iter(runs.values())) if is_after(line)]:
+            ends = {seed: next(e for e in h if e["event"] == event) for seed, h in runs.items()}
+            name = "averaged at the end" if event == "average" else "mixed with the start"
+            more = {} if event == "average" else dict(eta=float(event.split()[1]))
+            yield f"{label}, {event}", f"{method}, {name}", knobs | more, ends
+        if label == "ppo":
+            for i, line in enumerate(during_training(next(iter(runs.values())))[1:-1], 1):
+                ends = {seed: h[i] for seed, h in runs.items()}
+                stopped = knobs | dict(update=line["update"])
+                yield f"ppo at {line['update']}", "ppo, stopped early", stopped, ends
+
+
+def method_of(label):
+    """The method that a label is a setting of: its name without values of the knobs."""
+    method, *own = split_label(label)
+    rest = [f"{name}={value}" for name, value in own if name not in (*KNOBS, "average", "mixtures")]
+    method = "ppo-kl" if method == "ppo" else method.rpartition(":")[2]
+    return ":".join([method, *rest])
+
+
+def is_after(line):
+    return line["event"] == "average" or line["event"].startswith("eta")
 
 
 def during_training(history):
-    """The evaluations during training, without those of mixtures after it."""
-    return [line for line in history if not line["event"].startswith("eta")]
+    """The evaluations during training, without what was evaluated after it."""
+    return [line for line in history if not is_after(line)]
 
 
-def area_under_front(history, low, high, steps=1000):
-    """The best reward at a drift of at most d, less the first line's and at least 0, averaged over d from low
-    to high."""
-    start, area = history[0]["reward"], 0.0
-    for i in range(steps):
-        d = low + (high - low) * (i + 0.5) / steps
-        area += max([0.0] + [line["reward"] - start for line in history if line["drift"] <= d])
-    return area / steps
+def area_under_front(ends, floor, low, high):
+    """The best reward among `ends` at a drift of at most d, less `floor` and at least 0, averaged over d from
+    low to high."""
+    area, best = 0.0, 0.0
+    places = sorted((max(low, end["drift"]), end["reward"] - floor) for end in ends)
+    for drift, gain in places:
+        area += max(0.0, gain - best) * max(0.0, high - drift) / (high - low)
+        best = max(best, gain)
+    return area
 
 
 def mean_and_error(values):
@@ -295,23 +389,14 @@ def mean_and_error(values):
     return mean, math.sqrt(variance / len(values))
 
 
-def seed_means(runs, name, logarithmic=False):
-    """Of each evaluation's metric the mean over the seeds, and that less and plus one standard error. Where
-    the axis is logarithmic, all three are those of the logarithm."""
-    to, back = (math.log, math.exp) if logarithmic else (float, float)
-    evaluations = zip(*common_evaluations(runs), strict=True)
-    pairs = [mean_and_error([to(e[name]) for e in seeds]) for seeds in evaluations]
-    return [[back(mean + sign * error) for mean, error in pairs] for sign in (0, -1, 1)]
+def seed_means(runs, name):
+    """Of each evaluation's metric the mean over the seeds, and its standard errors."""
+    evaluations = zip(*(during_training(history) for history in runs.values()), strict=True)
+    pairs = [mean_and_error([e[name] for e in seeds]) for seeds in evaluations]
+    return [mean for mean, _ in pairs], [error for _, error in pairs]
 
 
-def common_evaluations(runs):
-    """The runs' histories, reduced to the evaluations (update and event) that all of them have."""
-    keys = [{(e["update"], e["event"]) for e in history} for history in runs.values()]
-    common = set.intersection(*keys)
-    return [[e for e in history if (e["update"], e["event"]) in common] for history in runs.values()]
-
-
-# ======================================== The table and the picture =========================================
+# ======================================== The tables and the pictures =======================================
 
 
 def read_record(folder):
@@ -319,52 +404,73 @@ def read_record(folder):
     path = Path(folder) / "tradeoff.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record | dict(summary=tradeoff(record["runs"]))
+        return record | dict(summary=tradeoff(record))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no record of a comparison ({error!r})") from error
 
 
 def write_results(record, folder):
-    """Writes summary.md and tradeoff.png; returns the summary."""
-    with written_whole(folder / "tradeoff.png") as aside:
-        plot_tradeoff(record["runs"], aside)
+    """Writes summary.md and the pictures; returns the summary."""
+    pictures = {"tradeoff.png": plot_tradeoff}
+    if methods_along(record["summary"], "kl_coef"):
+        pictures["choice.png"] = plot_choice
+    if methods_along(record["summary"], "kl_coef", "learning_rate"):
+        pictures["basin.png"] = plot_basin
+    for name, plot in pictures.items():
+        with written_whole(folder / name) as aside:
+            plot(record, aside)
     write_text(folder / "summary.md", summary_text(record))
     return summary_text(record)
 
 
+def methods_along(summary, *knobs):
+    """The methods that have at least two values of each of the knobs, {method: its settings}."""
+    found = {}
+    for method, numbers in summary["methods"].items():
+        own = [summary["settings"][label] for label in numbers["labels"]]
+        if all(len({s["knobs"][knob] for s in own}) > 1 for knob in knobs):
+            found[method] = own
+    return found
+
+
 def summary_text(record):
-    """summary.md: a row per method, mean +- standard error over the seeds; differences are paired by seed."""
-    start, (low, high) = record["summary"]["start"], record["summary"]["range"]
-    methods = record["summary"]["methods"]
-    first = next(iter(methods))
-    rows = [
-        f"| method | reward | drift | area under the front | area less {first}'s | drift > {high:.3g} from |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label, numbers in methods.items():
-        paired = [a - b for a, b in zip(numbers["area"], methods[first]["area"], strict=True)]
-        passed = ", ".join("never" if update is None else str(update) for update in numbers["passed"])
-        cells = [cell(numbers["reward"]), cell(numbers["drift"]), cell(numbers["area"]), cell(paired), passed]
-        rows.append(" | ".join(["| " + label, *cells]) + " |")
+    """summary.md: a row per method, a row per setting; differences are paired by seed."""
+    summary, methods = record["summary"], record["summary"]["methods"]
+    start, (low, high), settings = summary["start"], summary["range"], summary["settings"]
+    first, rows = next(iter(methods)), []
+    yardstick = settings[methods[first]["chosen"]]["area"]
+    for method, numbers in methods.items():
+        chosen, worst = (settings[numbers[which]] for which in ("chosen", "worst"))
+        less = [a - b for a, b in zip(chosen["area"], yardstick, strict=True)]
+        ends = [cell(chosen[name]) for name in ("reward", "drift", "area")]
+        about = [method, len(numbers["labels"]), cell(numbers["best"]), numbers["chosen"], *ends, cell(less)]
+        rows.append([*about, cell(worst["area"])])
+    names = ["method", "settings", "area, all settings", "chosen setting", "reward", "drift", "area"]
+    names += [f"area less {first}'s", "worst setting's area"]
+    others = [name for name in start if name not in ("update", "event", "reward", "drift", "seconds")]
+    at_start = {name: f"{start[name]:.4g}" for name in ("reward", "drift", *others)}
+    each = [["start", at_start.pop("reward"), at_start.pop("drift"), "", *at_start.values()]]
+    for label, setting in settings.items():
+        numbers = [setting["reward"], setting["drift"], setting["area"]]
+        numbers += [[end[name] for end in setting["ends"].values()] for name in others]
+        each.append([label, *map(cell, numbers)])
+    seeds = len(yardstick)
+    floor = "the fixed sender's" if "fixed-sender" in settings else "the start's"
+    chosen_by = "runs with other seeds" if record.get("chosen") else "these runs themselves"
     about = (
-        f"Start: reward {start['reward']:.4g}, drift {start['drift']:.4g}. Reward and drift: the runs' ends, "
-        f"mean +- standard error over {len(methods[first]['area'])} seeds. Area: the best reward at a drift "
-        f"of at most d, less the start's, averaged over d from {low:.3g} to {high:.3g}. Last: by seed."
+        f"Reward and drift are those of what a setting delivers: mean +- standard error over {seeds} seeds. "
+        f"Its area is its gain in reward over {summary['floor']:.4g}, {floor}, at a drift of at most d, "
+        f"averaged over d from the start's {low:.4g} to 1.5 times that, {high:.4g}. A method's "
+        f"area over all settings takes the best of them at each d. Settings were chosen by {chosen_by}."
     )
     source = f"`{' '.join(record['command'])}`, commit {record['commit']}, torch {record['torch']}"
-    return "\n".join([about, "", *rows, "", *other_metrics(record), "", source, ""])
+    tables = [*table(names, rows), "", *table(["setting", "reward", "drift", "area", *others], each)]
+    return "\n".join([about, "", *tables, "", source, ""])
 
 
-def other_metrics(record):
-    """The table of what else the task measures, at the start and at the runs' ends."""
-    start, known = record["summary"]["start"], ("update", "event", "reward", "drift", "seconds")
-    names = [name for name in start if name not in known]
-    rows = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    rows.append(" | ".join(["| start", *(f"{start[name]:.4g}" for name in names)]) + " |")
-    for label, runs in record["runs"].items():
-        ends = [during_training(history)[-1] for history in runs.values()]
-        rows.append(" | ".join(["| " + label, *(cell([end[name] for end in ends]) for name in names)]) + " |")
-    return rows
+def table(names, rows):
+    lines = [names, ["---"] * len(names), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
 
 
 def cell(values):
@@ -383,86 +489,165 @@ STYLES = {  # a method's colour, which the colour-blind tell apart, and its mark
 }
 SPARE = [("#000000", "<"), ("#332288", ">"), ("#999933", "h"), ("#AA4499", "d")]  # of methods unknown here
 VARIANTS = [("-", "full"), ("--", "none"), (":", "left"), ("-.", "top")]  # line and filling
+UNITS = dict(
+    translation="nats per token of human English",
+    imdb="perplexity under another language model",
+    qa="perplexity of human answers",
+)
 
 
-def styles_of(labels):
-    """{label: its style}. A method has the same colour and marker in every picture; lines and fillings tell
+def styles_of(names):
+    """{name: its style}. A method has the same colour and marker in every picture; lines and fillings tell
     apart what has the same method but other settings."""
-    methods = [label.split(":")[0] for label in labels]
+    methods = [re.split("[:,]", name)[0] for name in names]
     others = [method for method in dict.fromkeys(methods) if method not in STYLES]
     known, styles = STYLES | dict(zip(others, itertools.cycle(SPARE), strict=False)), {}
-    for i, (label, method) in enumerate(zip(labels, methods, strict=True)):
+    for i, (name, method) in enumerate(zip(names, methods, strict=True)):
         (color, marker), (line, filling) = known[method], VARIANTS[methods[:i].count(method) % len(VARIANTS)]
-        styles[label] = dict(color=color, marker=marker, linestyle=line, fillstyle=filling)
+        styles[name] = dict(color=color, marker=marker, linestyle=line, fillstyle=filling)
     return styles
 
 
-def plot_tradeoff(histories, path):
-    """Left: reward against drift, at the runs' ends and on the way there. Right: drift over the updates, with
-    the saw-tooth of the resets. Means over the seeds with standard errors, of the logarithm where the axis is
-    logarithmic."""
+def plot_tradeoff(record, path):
+    """Left: reward against drift, a curve per method over its settings, the chosen one large. Right: the
+    drift of the chosen settings and of plain PPO over the updates. Means over the seeds with standard errors.
+    """
     from matplotlib.figure import Figure
 
-    figure, styles = Figure(figsize=(11, 5.6), layout="constrained"), styles_of(histories)
+    summary = record["summary"]
+    figure, styles = Figure(figsize=(11, 5.6), layout="constrained"), styles_of(summary["methods"])
     plane, over_time = figure.subplots(1, 2)
-    drifts = [e["drift"] for runs in histories.values() for h in runs.values() for e in during_training(h)]
-    if logarithmic := max(drifts) > 20 * min(drifts) > 0:
-        plane.set_xscale("log")
-        over_time.set_yscale("log")
-    draw_plane(plane, histories, styles, logarithmic)
-    draw_over_time(over_time, histories, styles, logarithmic)
-    plane.set(xlabel="drift (lower is better)", ylabel="reward (higher is better)")
-    over_time.set(xlabel="update", ylabel="drift (lower is better)")
-    n = len(next(iter(histories.values())))
-    seeds = f"{n} seeds" if n > 1 else "1 seed"
-    figure.suptitle(f"Means over {seeds}. Large marks: the ends. Bars and bands: standard errors.")
-    rows = math.ceil(sum(len(label) + 7 for label in histories) / 120)  # of the legend, by its characters
-    shown, columns = plane.get_legend_handles_labels(), math.ceil(len(histories) / rows)
+    draw_front(plane, summary, styles)
+    labels = ["ppo", *(numbers["chosen"] for numbers in summary["methods"].values())]
+    draw_over_time(
+        over_time, {x: record["runs"][x] for x in labels if x in record["runs"]}, styles_of(labels)
+    )
+    unit = UNITS[next(iter(record["configs"].values()))["task"]]
+    plane.set(xlabel=f"drift ({unit})", ylabel="reward")
+    over_time.set(xlabel="update", ylabel=f"drift ({unit})")
+    rows = math.ceil(sum(len(method) + 7 for method in styles) / 120)  # of the legend, by its characters
+    shown, columns = plane.get_legend_handles_labels(), math.ceil(len(styles) / rows)
     figure.legend(*shown, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=200)
 
 
-def draw_plane(axes, histories, styles, logarithmic):
-    seen = []
-    for label, runs in histories.items():
-        drift, *drift_band = seed_means(runs, "drift", logarithmic)
-        reward, *reward_band = seed_means(runs, "reward")
-        end = len(during_training(common_evaluations(runs)[0])) - 1
-        seen += reward[1:]
-        style, small = styles[label], styles[label] | dict(linewidth=0.8, markersize=3, alpha=0.5)
-        axes.plot(drift[1 : end + 1], reward[1 : end + 1], **small)
-        axes.plot(drift[end + 1 :] + [drift[end]], reward[end + 1 :] + [reward[end]], **small)  # mixtures
-        xerr, yerr = (
-            [[abs(edge[end] - mean[end])] for edge in band]
-            for mean, band in ((drift, drift_band), (reward, reward_band))
-        )
-        axes.errorbar(drift[end], reward[end], yerr, xerr, fmt="none", ecolor=style["color"], capsize=3)
-        axes.plot(drift[end], reward[end], **style | dict(linestyle="", markersize=9))
-        axes.plot([], [], **style, markersize=7, label=label)  # for the legend: marker and line
-    edge = min(seen) - 0.1 * (max(seen) - min(seen))  # where a start far below is put
-    place, text = (drift[0], max(reward[0], edge)), f"start, below: {reward[0]:.3g}"
-    axes.plot(*place, "k*", markersize=8, zorder=4)
-    axes.autoscale_view()
-    left = (axes.transData + axes.transAxes.inverted()).transform(place)[0] < 0.5
-    where = dict(xytext=(10 if left else -10, -4), textcoords="offset points", ha="left" if left else "right")
-    axes.annotate("start" if reward[0] >= edge else text, place, **where)
+def draw_front(axes, summary, styles):
+    """The panel ends where drift has grown twice as far as the range; what lies beyond is listed in it."""
+    start, (low, high) = summary["start"], summary["range"]
+    limit, rewards, beyond = low + 2 * (high - low), [start["reward"]], []
+    for method, numbers in summary["methods"].items():
+        style, own = styles[method], [summary["settings"][label] for label in numbers["labels"]]
+        own.sort(key=lambda setting: list(setting["knobs"].values()))
+        drift, drift_error = zip(*(mean_and_error(setting["drift"]) for setting in own), strict=True)
+        reward, reward_error = zip(*(mean_and_error(setting["reward"]) for setting in own), strict=True)
+        look = style | dict(markersize=4, linewidth=1, elinewidth=0.7)
+        axes.errorbar(drift, reward, reward_error, drift_error, **look)
+        large = [setting["label"] for setting in own].index(numbers["chosen"])
+        axes.plot(drift[large], reward[large], **style | dict(linestyle=""), markersize=10)
+        axes.plot([], [], **style, markersize=7, label=method)  # for the legend
+        rewards += [r for r, d in zip(reward, drift, strict=True) if d <= limit]
+        beyond += [f"{own[0]['label']}: {reward[0]:.3g} at {drift[0]:.3g}"] * (drift[0] > limit)
+    top = max(rewards)
+    bottom = top - 1.5 * (top - sorted(rewards)[len(rewards) // 10 + 1 if len(rewards) > 1 else 0])
+    far = start["reward"] < bottom
+    bottom = bottom if far else min(rewards)
+    margin = 0.06 * (top - bottom or 1)
+    axes.set(xlim=(min(low, *axes.get_xlim()), limit), ylim=(bottom - margin, top + margin))
+    axes.plot(low, bottom if far else start["reward"], "k*", markersize=10, zorder=4)
+    text = f"start, far below: {start['reward']:.3g}" if far else "start"
+    axes.annotate(text, (low, bottom if far else start["reward"]), (9, -3), textcoords="offset points")
+    axes.axvline(high, color="0.8", linewidth=1, zorder=0)
+    arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center")
+    axes.annotate("better", (0.02, 0.98), (0.14, 0.88), "axes fraction", **arrow)
+    text = "\n".join(["beyond this panel", *beyond]) if beyond else ""
+    axes.text(0.98, 0.02, text, transform=axes.transAxes, ha="right", fontsize=8)
 
 
-def draw_over_time(axes, histories, styles, logarithmic):
+def draw_over_time(axes, runs_of, styles):
     ends = []
-    for label, runs in histories.items():
-        updates = [line["update"] for line in during_training(common_evaluations(runs)[0])]
-        drift, *band = (values[: len(updates)] for values in seed_means(runs, "drift", logarithmic))
+    for label, runs in runs_of.items():
+        updates = [line["update"] for line in during_training(next(iter(runs.values())))]
+        drift, error = seed_means(runs, "drift")
         axes.plot(updates, drift, **styles[label], linewidth=1.2, markersize=4)
+        band = [[d + sign * e for d, e in zip(drift, error, strict=True)] for sign in (-1, 1)]
         axes.fill_between(updates, *band, color=styles[label]["color"], alpha=0.15, linewidth=0)
         ends.append((drift[-1], label))
+    if max(ends)[0] > 20 * min(ends)[0]:
+        axes.set_yscale("log", nonpositive="clip")
     axes.margins(x=0.02)
     axes.autoscale_view()  # the limits, by which names are placed at the ends of their lines
     to_axes, ends = axes.transData + axes.transAxes.inverted(), sorted(ends)
     heights = spread([to_axes.transform((updates[-1], drift))[1] for drift, _ in ends], 0.05)
     for height, (_, label) in zip(heights, ends, strict=True):
-        look = dict(color=styles[label]["color"], fontsize=9, va="center", transform=axes.transAxes)
+        look = dict(color=styles[label]["color"], fontsize=8, va="center", transform=axes.transAxes)
         axes.text(1.01, height, label, **look)
+
+
+def plot_choice(record, path):
+    """Reward and drift against the KL coefficient, a line per method; 0 stands left of the others."""
+    from matplotlib.figure import Figure
+
+    summary = record["summary"]
+    found, (low, high) = methods_along(summary, "kl_coef"), summary["range"]
+    figure, styles = Figure(figsize=(11, 4.6), layout="constrained"), styles_of(summary["methods"])
+    panels, values = figure.subplots(1, 2), {s["knobs"]["kl_coef"] for own in found.values() for s in own}
+    zero = min(values - {0.0}) / 3
+    for axes, name in zip(panels, ("reward", "drift"), strict=True):
+        for method, own in found.items():
+            own = sorted(own, key=lambda setting: setting["knobs"]["kl_coef"])
+            mean, error = zip(*(mean_and_error(setting[name]) for setting in own), strict=True)
+            places = [setting["knobs"]["kl_coef"] or zero for setting in own]
+            axes.errorbar(places, mean, error, **styles[method], label=method, markersize=5, linewidth=1.2)
+        axes.set(xscale="log", xlabel="KL coefficient", ylabel=name)
+        if 0.0 in values:
+            axes.set_xticks([zero, *axes.get_xticks()[1:-1]])
+            axes.set_xticklabels(["0", *(f"{tick:g}" for tick in axes.get_xticks()[1:])])
+        axes.set_xlim(zero / 1.5, 1.5 * max(values))
+    panels[1].axhline(low, color="0.4", linewidth=1, zorder=0)
+    panels[1].annotate("start", (1.5 * max(values), low), (4, -3), textcoords="offset points", color="0.4")
+    panels[1].set_ylim(top=low + 2 * (high - low))
+    unit = UNITS[next(iter(record["configs"].values()))["task"]]
+    panels[1].set_ylabel(f"drift ({unit})")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, format="png", dpi=200)
+
+
+def plot_basin(record, path):
+    """A map per method, KL coefficient by learning rate: the gain in reward of each cell, written over a
+    colour, and framed where the cell ends well. The share of such cells stands above the map."""
+    from matplotlib.figure import Figure
+
+    summary = record["summary"]
+    found = methods_along(summary, "kl_coef", "learning_rate")
+    figure = Figure(figsize=(1 + 4.2 * len(found), 4), layout="constrained")
+    start, high = summary["start"]["reward"], summary["range"][1]
+    means = {
+        (method, s["knobs"]["learning_rate"], s["knobs"]["kl_coef"]): [
+            mean_and_error(s[name])[0] for name in ("reward", "drift")
+        ]
+        for method, own in found.items()
+        for s in own
+    }
+    best = max(reward - start for reward, drift in means.values() if drift <= high)
+    rates, coefs = (sorted({key[i] for key in means}) for i in (1, 2))
+    for axes, method in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        gains = [
+            [means.get((method, rate, coef), (math.nan, 0))[0] - start for coef in coefs] for rate in rates
+        ]
+        image = axes.imshow(gains, origin="lower", cmap="Blues", vmin=0, vmax=1.1 * best, aspect="auto")
+        well = 0
+        for (row, rate), (column, coef) in itertools.product(enumerate(rates), enumerate(coefs)):
+            reward, drift = means.get((method, rate, coef), (math.nan, math.inf))
+            good = drift <= high and reward - start >= 0.9 * best
+            well += good
+            look = dict(weight="bold") if good else dict(color="0.45")
+            axes.text(column, row, f"{drift:.3g}", ha="center", va="center", fontsize=8, **look)
+        axes.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
+        axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axes.set(xlabel="KL coefficient", ylabel="learning rate")
+        axes.set_title(f"{method}\n{well} of {len(rates) * len(coefs)} cells end well", fontsize=10)
+    figure.colorbar(image, ax=figure.axes, label="gain in reward (the numbers: drift)")
+    figure.savefig(path, format="png", dpi=200)
 
 
 def spread(heights, gap):
@@ -488,6 +673,7 @@ def parser():
     flags.add_argument("--methods", metavar="LIST", help="methods, as ppo,elastic-reset,ppo-kl:kl_coef=0.1")
     flags.add_argument("--seeds", metavar="N", type=int, default=5, help="runs a method, from --seed on (5)")
     flags.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (1)")
+    flags.add_argument("--tuned_on", metavar="FOLDER", help="of the record by which settings are chosen")
     flags.add_argument("--read", metavar="FOLDER", help="run nothing, show the tradeoff.json in FOLDER again")
     return flags
 
@@ -504,8 +690,9 @@ def main(argv=None) -> int:
         if own.read is not None:
             print(write_results(read_record(own.read), Path(own.read)))
         else:
-            labels = [label.strip() for label in own.methods.split(",")]
-            print(compare(labels, own.seeds, own.jobs, parse_flags(rest), argv))
+            before = read_record(own.tuned_on)["summary"]["methods"] if own.tuned_on else {}
+            chosen = {method: numbers["chosen"] for method, numbers in before.items()}
+            print(compare(expanded(own.methods), own.seeds, own.jobs, parse_flags(rest), argv, chosen))
         return 0
     except ChildProcessError as error:
         message, code = error, 1
