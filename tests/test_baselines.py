@@ -42,7 +42,7 @@ def test_s2p_adds_its_gradient(tiny):
 
 
 def test_s2p_keeps_the_sender_near_its_pretraining(tiny, tmp_path):
-    game = tiny | dict(updates=20, eval_every=20, save_every=20, learning_rate=5e-3, pretrain_updates=100)
+    game = tiny | dict(updates=10, eval_every=10, learning_rate=5e-3, pretrain_updates=60)
     drift = {}
     for coef in (0.0, 5.0):
         config = configure_baseline("S2P", **game | dict(s2p_coef=coef, output_dir=str(tmp_path / f"{coef}")))
@@ -119,7 +119,7 @@ def test_without_imitation_a_generation_is_a_return_to_the_start(tiny):
 
 SMALL = {
     "S2P": dict(s2p_coef=1.0),
-    "SIL": dict(sil_every=3, sil_sender_steps=2, sil_receiver_steps=2, sil_batch_size=8),
+    "SIL": dict(sil_every=3, sil_sender_steps=2, sil_receiver_steps=2, sil_batch_size=8, sil_temperature=0.5),
 }
 
 

@@ -67,7 +67,6 @@ from elastic_reset import (
     score,
     shape_rewards,
     shuffled,
-    translate,
     translation_data,
     whiten,
 )
@@ -85,6 +84,7 @@ class SIL(Config):
     sil_receiver_steps: int = flag(30, "steps in which the student receiver imitates its teacher", 0)
     sil_batch_size: int = flag(128, "sentences of such a step", 1)
     sil_learning_rate: float = flag(1e-3, "AdamW's in such a step", 0, 1)
+    sil_temperature: float = flag(0.0, "at which the texts to imitate are sampled; 0: greedily", 0, 100)
 
 
 # ================================================== S2P ===================================================
@@ -199,24 +199,28 @@ class SeededIteratedLearning(TranslationGame):
         return stats | (self.new_generation() if due else {})
 
     def new_generation(self):
+        """The students imitate the teachers and take their places. Returns the last step's losses."""
         sender, receiver, config = self.students["sender"], self.students["receiver"], self.config
-        longest, how = config.max_length, (config.max_length, config.response_length)
-        batches = self.batches_of_french()
+        batches, losses = self.batches_of_french(), {}
         optimizer = adamw((sender, config.sil_learning_rate))
-        losses = dict(sil_sender_loss=0.0, sil_receiver_loss=0.0)  # the last steps' stay
         for _ in range(config.sil_sender_steps):
             french = next(batches)
-            english = translate(self.policy, self.tokenizer, french, *how)
-            losses["sil_sender_loss"] = self.imitate(sender, self.tokenizer, french, english, optimizer)
+            english = self.say(self.policy, self.tokenizer, french, config.response_length)
+            loss = self.imitate(sender, self.tokenizer, french, english, optimizer)
+            losses["sil_sender_loss"] = loss
         optimizer = adamw((receiver, config.sil_learning_rate))
         for _ in range(config.sil_receiver_steps):
-            english = translate(sender, self.tokenizer, next(batches), *how)
-            german = translate(*self.receiver, english, longest, longest)
+            english = self.say(sender, self.tokenizer, next(batches), config.response_length)
+            german = self.say(*self.receiver, english, config.max_length)
             loss = self.imitate(receiver, self.receiver[1], english, german, optimizer)
             losses["sil_receiver_loss"] = loss
         self.policy.load_state_dict(sender.state_dict())
         self.receiver[0].load_state_dict(receiver.state_dict())
         return losses
+
+    def say(self, model, tokenizer, texts, length):
+        how = dict(temperature=self.config.sil_temperature, max_length=self.config.max_length)
+        return respond(model, tokenizer, texts, length, **how)[1]
 
     def batches_of_french(self):
         """This process's batches of the game's French: those of a generation follow those of the last."""
