@@ -23,13 +23,16 @@ pretrained ones. A generation has three steps:
        The students keep their weights.
     2. The student sender learns by maximum likelihood, for sil_sender_steps batches of the game's French, the
        English of the teacher sender. Then the student receiver learns, for sil_receiver_steps batches, the
-       German that the teacher receiver gives for the student sender's English. All three decode greedily.
+       German that the teacher receiver gives for the student sender's English. Both languages are decoded
+       greedily, as published, or sampled at sil_temperature.
     3. The students take the teachers' places.
 
 The value head and the optimizers of the game keep their state from one generation to the next, while
 imitation begins with a new AdamW each time. It costs the sil_sender_steps + sil_receiver_steps supervised
 steps of a generation more, and the translations that they learn. An evaluation at the end of a generation
-measures the students, that is after step 3."""
+measures the students, that is after step 3. Beware of greedy texts where, as in the embedded game, there are
+several good translations: students that see one of them alone give up the others, generation by generation,
+and human English becomes less likely. That is drift which no reward has caused."""
 
 import argparse
 import copy
@@ -224,11 +227,12 @@ class SeededIteratedLearning(TranslationGame):
 
     def batches_of_french(self):
         """This process's batches of the game's French: those of a generation follow those of the last."""
-        config, n = self.config, self.accelerator.num_processes
+        config, accelerator = self.config, self.accelerator
         steps = config.sil_sender_steps + config.sil_receiver_steps
         first = (self.students.updates.item() // config.sil_every - 1) * steps + 1
         for number in range(first, first + steps):
-            yield self.prompts(n * config.sil_batch_size, number)[self.accelerator.process_index :: n]
+            french = self.prompts(config.sil_batch_size, number)
+            yield french[accelerator.process_index :: accelerator.num_processes]
 
     def imitate(self, student, tokenizer, sources, targets, optimizer):
         loss = likelihood_loss(student, tokenizer, sources, targets, self.config.max_length)
