@@ -30,10 +30,12 @@ pretrained ones. A generation has three steps:
 The value head and the optimizers of the game keep their state from one generation to the next, while
 imitation begins with a new AdamW each time. It costs the sil_sender_steps + sil_receiver_steps supervised
 steps of a generation more, and the translations that they learn. The published numbers are 200 and 300 for
-4,000 steps of the game, and the defaults keep to about that proportion. An evaluation at the end of a generation
-measures the students, that is after step 3. Beware of greedy texts where, as in the embedded game, there are
-several good translations: students that see one of them alone give up the others, generation by generation,
-and human English becomes less likely. That is drift which no reward has caused."""
+4,000 steps of the game, and the defaults keep to about that proportion. An evaluation at the end of a
+generation measures the students, that is after step 3.
+
+Beware of greedy texts where, as in the embedded game, there are several good translations. Students that see
+one of them alone give up the others, generation by generation, and human English becomes less likely. That is
+drift which no reward has caused."""
 
 import argparse
 import copy
