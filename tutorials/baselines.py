@@ -1,0 +1,312 @@
+"""The two baselines of the paper's translation game that are methods of their own, S2P and SIL.
+
+    python tutorials/baselines.py S2P --s2p_coef 1 --seed 3
+    python tutorials/baselines.py SIL --sil_every 50 --sil_sender_steps 5 --sil_receiver_steps 8 --seed 3
+
+All other flags are those of `python elastic_reset.py --help`, of which --task is translation and --method is
+ppo unless it is given. The run's folder (default runs/translation/S2P/seed3) gets the same files, config.json
+with the baseline's settings too, and --resume true goes on where a run was stopped.
+
+S2P, supervised self-play (Lowe et al. 2020; in this game Lu et al. 2020, arXiv 2003.12694). The sender
+minimises, in every minibatch step,
+
+    L_PPO(theta) - s2p_coef * mean_t log pi_theta(t-th token of the human English | French)
+
+where the second mean is over the tokens of as many of the sender's pretraining pairs as the minibatch has
+responses. The gradient of the sum is clipped as one. The published weights are 0.1, 1 and 5. It costs one
+supervised pass more for each minibatch.
+
+SIL, seeded iterated learning (Lu et al. 2020). The students are a sender and a receiver, at first the
+pretrained ones. A generation has three steps:
+
+    1. The teachers, which are copies of the students, play the game for sil_every updates. That is train().
+       The students keep their weights.
+    2. The student sender learns by maximum likelihood, for sil_sender_steps batches of the game's French, the
+       English of the teacher sender. Then the student receiver learns, for sil_receiver_steps batches, the
+       German that the teacher receiver gives for the student sender's English. Both languages are decoded
+       greedily, as published, or sampled at sil_temperature.
+    3. The students take the teachers' places.
+
+The value head and the optimizers of the game keep their state from one generation to the next, while
+imitation begins with a new AdamW each time. It costs the sil_sender_steps + sil_receiver_steps supervised
+steps of a generation more, and the translations that they learn. The published numbers are 200 and 300 for
+4,000 steps of the game, and the defaults keep to about that proportion. An evaluation at the end of a
+generation measures the students, that is after step 3.
+
+Beware of greedy texts where, as in the embedded game, there are several good translations. Students that see
+one of them alone give up the others, generation by generation, and human English becomes less likely. That is
+drift which no reward has caused."""
+
+import argparse
+import copy
+import signal
+import sys
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import elastic_reset
+from elastic_reset import (
+    Config,
+    ElasticReset,
+    Run,
+    TranslationGame,
+    actor_critic,
+    adamw,
+    both,
+    configure,
+    evaluate,
+    flag,
+    gae,
+    likelihood_loss,
+    masked_mean,
+    optimizer_step,
+    parse_flags,
+    ppo_backward,
+    prompts_of,
+    reference_logprobs,
+    respond,
+    score,
+    shape_rewards,
+    shuffled,
+    translation_data,
+    whiten,
+)
+
+
+@dataclass
+class S2P(Config):
+    s2p_coef: float = flag(1.0, "weight of the supervised loss", 0)
+
+
+@dataclass
+class SIL(Config):
+    sil_every: int = flag(50, "updates of the game in a generation", 1)
+    sil_sender_steps: int = flag(5, "steps in which the student sender imitates its teacher", 0)
+    sil_receiver_steps: int = flag(8, "steps in which the student receiver imitates its teacher", 0)
+    sil_batch_size: int = flag(128, "sentences of such a step", 1)
+    sil_learning_rate: float = flag(1e-3, "AdamW's in such a step", 0, 1)
+    sil_temperature: float = flag(0.0, "at which the texts to imitate are sampled; 0: greedily", 0, 100)
+
+
+# ================================================== S2P ===================================================
+
+
+def train_s2p(config: S2P) -> dict:
+    """elastic_reset.train() with a second gradient in phase 4. All else is the same, line by line."""
+    run = Run(config)
+    task, pairs = TranslationGame(config), translation_data(config)["sender"]
+    if not pairs:
+        raise ValueError("S2P needs the sender's pretraining pairs; name them by --sender_data")
+    model, optimizer = actor_critic(task.policy, config, run.accelerator)
+    elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
+    reference = elastic.ema if config.kl_reference == "ema" else elastic.init
+    run.begin(dict(model=model, optimizer=optimizer, elastic=elastic) | task.trained)
+    if not run.history:
+        run.log(evaluate(task, model, elastic, config))
+
+    for update in run.updates():
+        # 1. Sample a response to each prompt
+        prompts = prompts_of(task, update, config, run.accelerator)
+        batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
+
+        # 2. Score: a reward for the response, a KL penalty for each of its tokens
+        scores = score(task, prompts, texts).to(model.policy.device)
+        with torch.no_grad():
+            logprobs, values, _ = model(batch)
+        stats = dict(train_reward=scores.mean(), entropy=-masked_mean(logprobs, batch["mask"]))
+        ref_logprobs = logprobs
+        if run.kl_coef:
+            ref_logprobs = reference_logprobs(model, elastic.by_name(reference), batch)
+            stats |= dict(train_kl=(logprobs - ref_logprobs).sum(1).mean(), kl_coef=run.kl_coef)
+        rewards = shape_rewards(scores, logprobs, ref_logprobs, batch["mask"], run.kl_coef)
+        stats = run.mean_over_processes(stats)
+
+        # 3. Advantages
+        advantages, returns = gae(rewards, values, batch["mask"], config.gamma, config.lam)
+        advantages = whiten(advantages, batch["mask"], run.accelerator.reduce)
+        batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
+
+        # 4. PPO epochs over minibatches, each beside as many pairs of French and human English
+        for epoch in range(config.num_ppo_epochs):
+            human = pairs_of(pairs, (update - 1) * config.num_ppo_epochs + epoch + 1, config, run.accelerator)
+            for rows in torch.randperm(len(prompts)).split(run.rows_per_step):
+                minibatch = {name: tensor[rows] for name, tensor in batch.items()}
+                minibatch_stats = ppo_backward(model, minibatch, config, run.accelerator)
+                minibatch_stats |= s2p_backward(task, [human[row] for row in rows], config, run.accelerator)
+                minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
+                stats |= run.mean_over_processes(minibatch_stats)
+            if config.ema_update == "epoch":
+                run.timed(elastic.update)
+            if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
+                break
+        stats = both(stats, run.mean_over_processes(task.learn(prompts, texts)))
+        if config.kl_target:
+            error = min(max(stats["train_kl"] / config.kl_target - 1, -0.2), 0.2)
+            run.kl_coef *= 1 + error * config.batch_size / 10_000
+
+        # 5. EMA <- decay * EMA + (1 - decay) * policy
+        if config.ema_update == "update":
+            run.timed(elastic.update)
+
+        # 6. Reset: policy <- EMA, EMA <- start
+        resets = config.reset != "none" and update % config.reset_every == 0
+        if resets:
+            run.log(evaluate(task, model, elastic, config), "before reset", stats)
+            run.timed(elastic.reset)
+
+        # 7. Evaluate and log
+        if resets or update % config.eval_every == 0 or update == config.updates:
+            run.log(evaluate(task, model, elastic, config), "after reset" if resets else "", stats)
+        run.save_if_due()
+
+    if run.history[-1]["update"] < run.update:
+        run.log(evaluate(task, model, elastic, config))
+    return run.finish(task, elastic)
+
+
+def pairs_of(pairs, number, config, accelerator):
+    """This process's pairs of an epoch, as many as it has responses. They depend on the epoch's number alone,
+    as a resumed run must see them again, and not on torch's random state."""
+    drawn = shuffled(pairs, config.batch_size, number, config.seed)
+    return drawn[accelerator.process_index :: accelerator.num_processes]
+
+
+def s2p_backward(task, pairs, config, accelerator):
+    """Adds the gradient of s2p_coef times the supervised loss to that of the policy."""
+    french, english = zip(*pairs, strict=True)
+    loss = likelihood_loss(task.policy, task.tokenizer, list(french), list(english), config.max_length)
+    accelerator.backward(config.s2p_coef * loss)
+    return dict(s2p_loss=loss.item())
+
+
+# ================================================== SIL ===================================================
+
+
+class SeededIteratedLearning(TranslationGame):
+    """The game between teachers, `policy` and `receiver`, which train() trains as ever, and the students."""
+
+    def __init__(self, config: SIL):
+        super().__init__(config)
+        students = dict(sender=copy.deepcopy(self.policy), receiver=copy.deepcopy(self.receiver[0]))
+        self.students = nn.ModuleDict(students)
+        self.students.register_buffer("updates", torch.tensor(0))  # here, so that checkpoints hold it
+        self.trained = self.trained | dict(students=self.students)
+
+    def learn(self, prompts, responses):
+        """After every update of the sender the receiver's and, every sil_every-th time, a new generation."""
+        stats = super().learn(prompts, responses)
+        self.students.updates += 1
+        due = self.students.updates % self.config.sil_every == 0
+        return stats | (self.new_generation() if due else {})
+
+    def new_generation(self):
+        """The students imitate the teachers and take their places. Returns the last step's losses."""
+        sender, receiver, config = self.students["sender"], self.students["receiver"], self.config
+        batches, losses = self.batches_of_french(), {}
+        optimizer = adamw((sender, config.sil_learning_rate))
+        for _ in range(config.sil_sender_steps):
+            french = next(batches)
+            english = self.say(self.policy, self.tokenizer, french, config.response_length)
+            loss = self.imitate(sender, self.tokenizer, french, english, optimizer)
+            losses["sil_sender_loss"] = loss
+        optimizer = adamw((receiver, config.sil_learning_rate))
+        for _ in range(config.sil_receiver_steps):
+            english = self.say(sender, self.tokenizer, next(batches), config.response_length)
+            german = self.say(*self.receiver, english, config.max_length)
+            loss = self.imitate(receiver, self.receiver[1], english, german, optimizer)
+            losses["sil_receiver_loss"] = loss
+        self.policy.load_state_dict(sender.state_dict())
+        self.receiver[0].load_state_dict(receiver.state_dict())
+        return losses
+
+    def say(self, model, tokenizer, texts, length):
+        how = dict(temperature=self.config.sil_temperature, max_length=self.config.max_length)
+        return respond(model, tokenizer, texts, length, **how)[1]
+
+    def batches_of_french(self):
+        """This process's batches of the game's French: those of a generation follow those of the last."""
+        config, accelerator = self.config, self.accelerator
+        steps = config.sil_sender_steps + config.sil_receiver_steps
+        first = (self.students.updates.item() // config.sil_every - 1) * steps + 1
+        for number in range(first, first + steps):
+            french = self.prompts(config.sil_batch_size, number)
+            yield french[accelerator.process_index :: accelerator.num_processes]
+
+    def imitate(self, student, tokenizer, sources, targets, optimizer):
+        loss = likelihood_loss(student, tokenizer, sources, targets, self.config.max_length)
+        self.accelerator.backward(loss)
+        optimizer_step(student, optimizer, self.config, self.accelerator)
+        return loss.item()
+
+
+# ============================================== Command line ==============================================
+
+
+BASELINES = {"S2P": S2P, "SIL": SIL}
+
+
+def own_settings(baseline):
+    """The settings that a baseline adds to elastic_reset.py's."""
+    shared = {f.name for f in fields(Config)}
+    return [f for f in fields(BASELINES[baseline]) if f.name not in shared]
+
+
+def configure_baseline(baseline, method="ppo", **given) -> Config:
+    """configure() with the baseline's own settings. Raises ValueError for what cannot be set."""
+    own = {f.name: given.pop(f.name) for f in own_settings(baseline) if f.name in given}
+    given = dict(task="translation") | given
+    if given["task"] != "translation":
+        raise ValueError(f"--task is {given['task']}; {baseline} is a baseline of translation alone")
+    folder = f"runs/translation/{baseline}/seed{given.get('seed', 0)}"
+    given["output_dir"] = given.get("output_dir") or folder
+    return BASELINES[baseline](**asdict(configure(method=method, **given)), **own)
+
+
+def train_baseline(config: Config) -> dict:
+    """Trains and writes the run's files, as elastic_reset.train() does, which raises the same errors."""
+    if isinstance(config, S2P):
+        return train_s2p(config)
+    return elastic_reset.train(config, SeededIteratedLearning(config))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+
+def parse(argv):
+    """The baseline's name, and all settings given by flags or by the file of --config."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser("baselines.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("baseline", choices=BASELINES)
+    for baseline in BASELINES:
+        group = parser.add_argument_group(baseline)
+        for f in own_settings(baseline):
+            about = f"{f.metadata['help']} (default {f.default})"
+            group.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, metavar="N", help=about)
+    own, rest = parser.parse_known_args(argv)
+    own = vars(own)
+    return own.pop("baseline"), parse_flags(rest) | own
+
+
+def main(argv=None) -> int:
+    """The command line; exit codes as those of elastic_reset.py."""
+    try:
+        warnings.simplefilter("ignore")
+        baseline, given = parse(sys.argv[1:] if argv is None else argv)
+        train_baseline(configure_baseline(baseline, **given))
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        print(f"baselines.py: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + getattr(error, "signum", signal.SIGINT)
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
