@@ -1,4 +1,4 @@
-"""README and tutorials: their Python blocks from top to bottom, their pictures, and where their links lead."""
+"""README and tutorials: their Python blocks from top to bottom, their pictures, where their links lead."""
 
 import json
 import os

@@ -4,8 +4,8 @@
     python tutorials/run.py 3 --notebook    # write 03_ppo_equation_by_equation.ipynb instead of running it
     python tutorials/run.py 3 --script      # write 03_ppo_equation_by_equation.py, to be edited
 
-Pictures, notebooks and scripts are left in the current folder. A notebook or a script that is there already is
-not overwritten, because it may have been edited."""
+Pictures, notebooks and scripts are left in the current folder. A notebook or a script that is already there
+is not overwritten, because it may have been edited."""
 
 import argparse
 import json
