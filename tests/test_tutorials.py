@@ -28,6 +28,14 @@ def test_chapter(path, monkeypatch, tmp_path):
     assert {picture.name for picture in tmp_path.glob("*.png")} == set(shown)
 
 
+def test_a_method_has_one_colour_everywhere():
+    from tutorials import compare
+
+    known = {color for color, _ in [*compare.STYLES.values(), *compare.SPARE]}
+    for path in CHAPTERS:
+        assert {*re.findall(r"#[0-9A-F]{6}", path.read_text(encoding="utf-8"))} <= known, path.name
+
+
 def run_py(*words, folder):
     command = [sys.executable, str(ROOT / "tutorials" / "run.py"), *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -54,7 +62,7 @@ def test_run_py_writes_notebooks_and_scripts_once(tmp_path):
     assert again.returncode == 2 and "File exists" in again.stderr
 
 
-@pytest.mark.parametrize("number", ["0", "42", "-x", "three"])
+@pytest.mark.parametrize("number", ["0", "42", "three"])
 def test_run_py_names_a_wrong_chapter_in_one_line(number, tmp_path):
     done = run_py(number, folder=tmp_path)
     assert done.returncode == 2
