@@ -23,11 +23,11 @@ Elastic Reset does not change PPO's loss. A reset leaves the value head and the 
 
 Run it:   python elastic_reset.py --task translation       (offline, minutes on two CPU cores; see --help)
 Copy it:  ElasticReset needs torch alone and asks for one line in a training loop, `elastic.step()`. To paste
-          room 1 by itself, put before it: import contextlib, itertools, torch; from torch import nn;
+          section 1 by itself, put before it: import contextlib, itertools, torch; from torch import nn;
           ema_kernel = None.
 
-Rooms: 1 Elastic Reset, 2 PPO, 3 Training, 4 Tasks, 5 Settings, 6 Models and data, 7 Three small worlds,
-8 Files and command line, 9 Other people's trainers. The algorithm is complete at the end of room 3.
+Sections: 1 Elastic Reset, 2 PPO, 3 Training, 4 Tasks, 5 Settings, 6 Models and data, 7 Three small worlds,
+8 Files and command line, 9 Other people's trainers. The algorithm is complete at the end of section 3.
 """
 
 import argparse
@@ -1455,7 +1455,7 @@ def train_tokenizer(texts, config, append_eos=True):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=config.max_length, **names)
 
 
-# Data are rows of a hub dataset or of a local folder, or one of the small worlds of room 7.
+# Data are rows of a hub dataset or of a local folder, or one of the small worlds of section 7.
 
 
 def name_and_split(spec):

@@ -1,4 +1,4 @@
-"""Room 8: flags, their layers and ranges, one-line errors; room 6's damaged data."""
+"""Section 8: flags, their layers and ranges, one-line errors; section 6's damaged data."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Room 1: the average and the reset."""
+"""Section 1: the average and the reset."""
 
 import copy
 import os
@@ -500,7 +500,7 @@ def what_each_process_sees():
 
 
 def test_imports_with_torch_alone():
-    """Room 1 must work where nothing but torch is installed: every other package is made unimportable."""
+    """Section 1 must work where nothing but torch is installed: every other package is made unimportable."""
     code = """
 import sys
 class Refuse:

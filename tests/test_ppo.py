@@ -1,4 +1,4 @@
-"""Room 2: PPO's mathematics, each function against a slower or independent way to the same number."""
+"""Section 2: PPO's mathematics, each function against a slower or independent way to the same number."""
 
 import copy
 

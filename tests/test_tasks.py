@@ -1,4 +1,4 @@
-"""Room 4: the three tasks, on the embedded data and on folders shaped like the hub's."""
+"""Section 4: the three tasks, on the embedded data and on folders shaped like the hub's."""
 
 import itertools
 import json

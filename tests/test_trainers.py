@@ -33,7 +33,7 @@ def model(tokenizer, tmp_path):
     torch.manual_seed(0)
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     shape = dict(
-        n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1, pad_token_id=0
+        n_embd=16, n_layer=1, n_head=2, n_positions=96, bos_token_id=1, eos_token_id=1, pad_token_id=0
     )
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **no_dropout))
     model.save_pretrained(tmp_path / "start")
@@ -240,23 +240,19 @@ def train_as_one_of_several(kind, folder, checkpoint=""):
 
 
 def on_processes(n, *arguments):
-    code = f"import test_trainers; test_trainers.train_as_one_of_several(*{arguments!r})"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(n),
-        "--no-python",
-    ]
+    launch(n, f"import test_trainers; test_trainers.train_as_one_of_several(*{arguments!r})", ROOT)
+    return torch.load(f"{arguments[1]}/weights.pt", weights_only=True)
+
+
+def launch(n, code, folder, *words):
+    """Runs the code in n processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "--no-python"]
     done = subprocess.run(
-        [*launch, sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env=os.environ | dict(PYTHONPATH=paths),
+        [sys.executable, *torchrun, sys.executable, "-c", code, *words], capture_output=True, text=True,
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])), cwd=folder,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(f"{arguments[1]}/weights.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "lora"])
@@ -281,3 +277,24 @@ def test_online_reinforcement_learning_with_shards(model, tmp_path):
     end = on_processes(2, "grpo", str(tmp_path / "grpo2"))
     assert all(p.isfinite().all() for p in end)
     assert any(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
+
+
+def run_the_example(kind):
+    """tutorials/two_gpus.py, in each process; for FSDP2 as if the CPU were a GPU."""
+    program = (ROOT / "tutorials" / "two_gpus.py").read_text(encoding="utf-8")
+    if kind == "fsdp":
+        shard_on_the_cpu()
+        assert " if gpu else {}" in program
+        program = program.replace(" if gpu else {}", "")
+    names = {"__name__": "__main__"}
+    exec(compile(program, "two_gpus.py", "exec"), names)
+    sharded = [hasattr(p, "full_tensor") for p in names["callback"].elastic.params]
+    assert all(sharded) if kind == "fsdp" else not any(sharded)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_example_for_two_gpus(kind, model, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "start")
+    launch(2, f"import test_trainers; test_trainers.run_the_example({kind!r})", tmp_path, "start", "4")
+    saved = load_file(tmp_path / "runs" / "grpo" / "checkpoint-4" / "elastic_reset.safetensors")
+    assert (int(saved["updates"]), int(saved["resets"])) == (4, 4)

@@ -1,4 +1,4 @@
-"""Rooms 3 and 8: the loop, a run's folder, its checkpoints, interruptions, several processes."""
+"""Sections 3 and 8: the loop, a run's folder, its checkpoints, interruptions, several processes."""
 
 import copy
 import json

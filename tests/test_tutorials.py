@@ -1,6 +1,10 @@
-"""README and tutorials: their Python blocks from top to bottom, and where their links lead."""
+"""README and tutorials: their Python blocks from top to bottom, their pictures, where their links lead."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -12,12 +16,67 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md")), ROOT / 
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_chapter(path, monkeypatch, tmp_path):
+    """It runs, and each picture that it leaves in the current folder has a copy that its text shows."""
+    (tmp_path / "tutorials").symlink_to(ROOT / "tutorials")
+    monkeypatch.chdir(tmp_path)
     examples = list(Sybil([PythonCodeBlockParser()]).parse(path))
     assert examples
     for example in examples:
         example.evaluate()
+    shown = re.findall(r"!\[[^]]*\]\(figures/([^)]+)\)", path.read_text(encoding="utf-8"))
+    assert {picture.name for picture in tmp_path.glob("*.png")} == set(shown)
+
+
+def test_a_method_has_one_colour_everywhere():
+    from tutorials import compare
+
+    known = {color for color, _ in [*compare.STYLES.values(), *compare.SPARE]}
+    for path in CHAPTERS:
+        assert {*re.findall(r"#[0-9A-F]{6}", path.read_text(encoding="utf-8"))} <= known, path.name
+
+
+def run_py(*words, folder):
+    command = [sys.executable, str(ROOT / "tutorials" / "run.py"), *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_run_py_runs_a_chapter_in_the_current_folder(tmp_path):
+    done = run_py("2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "in float32" in done.stdout
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+def test_run_py_writes_notebooks_and_scripts_once(tmp_path):
+    assert run_py("2", "--notebook", "--script", folder=tmp_path).returncode == 0
+    notebook = json.loads((tmp_path / "02_an_ema_by_hand.ipynb").read_text(encoding="utf-8"))
+    kinds = [cell["cell_type"] for cell in notebook["cells"]]
+    assert kinds[:2] == ["markdown", "code"] and notebook["nbformat"] == 4
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    script = (tmp_path / "02_an_ema_by_hand.py").read_text(encoding="utf-8")
+    assert all(cell in script for cell in code)
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", json.dumps(notebook))
+    assert links and all((tmp_path / link).exists() for link in links)
+    again = run_py("2", "--script", folder=tmp_path)
+    assert again.returncode == 2 and "File exists" in again.stderr
+
+
+@pytest.mark.parametrize("number", ["0", "42", "three"])
+def test_run_py_names_a_wrong_chapter_in_one_line(number, tmp_path):
+    done = run_py(number, folder=tmp_path)
+    assert done.returncode == 2
+    assert number in done.stderr.splitlines()[-1]
+
+
+def test_run_py_names_the_line_of_an_error(tmp_path):
+    code = "import run; from pathlib import Path; run.run(Path('chapter.md'))"
+    (tmp_path / "chapter.md").write_text("text\n\n```python\n1 / 0\n```\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | dict(PYTHONPATH=str(ROOT / "tutorials")),
+    )  # fmt: skip
+    assert 'chapter.md", line 4' in done.stderr and "ZeroDivisionError" in done.stderr
 
 
 LINK = re.compile(r"\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")

@@ -1,0 +1,23 @@
+"""GRPO with Elastic Reset: torchrun --nproc_per_node 2 tutorials/two_gpus.py Qwen/Qwen3-0.6B 1000"""
+
+import sys
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from elastic_reset import ElasticResetCallback
+
+
+def about_100_characters(completions, **kwargs):
+    return [-abs(100 - len(text)) / 100 for text in completions]
+
+
+model, steps = sys.argv[1], int(sys.argv[2])
+gpu = torch.accelerator.is_available()
+sharded = dict(fsdp=True, fsdp_config=dict(version=2)) if gpu else {}  # FSDP2; on the CPU it is DDP
+how = dict(max_steps=steps, save_steps=steps // 4, lr_scheduler_type="constant", max_completion_length=64)
+arguments = GRPOConfig("runs/grpo", bf16=gpu, use_cpu=not gpu, **how, **sharded)
+callback = ElasticResetCallback(decay=0.995, reset_every=steps // 4)
+prompts = Dataset.from_list([{"prompt": "Tell me a story."}] * 1000)
+GRPOTrainer(model, about_100_characters, arguments, prompts, callbacks=[callback]).train()
