@@ -158,11 +158,14 @@ def test_records_give_their_numbers_and_tables_again(folder):
 
 
 def test_a_record_is_shown_again(tmp_path, capsys):
+    """Also one with a method that is not known any more."""
     text = (RECORDS[2] / "tradeoff.json").read_text(encoding="utf-8")
-    (tmp_path / "tradeoff.json").write_text(text.replace('"ppo"', '"a method of old"'), encoding="utf-8")
+    (tmp_path / "tradeoff.json").write_text(text.replace('"reinforce"', '"of old"'), encoding="utf-8")
     assert main(["--read", str(tmp_path)]) == 0
-    table = (RECORDS[2] / "summary.md").read_text(encoding="utf-8").replace("| ppo |", "| a method of old |")
-    assert (tmp_path / "summary.md").read_text(encoding="utf-8") == table == capsys.readouterr().out[:-1]
+    tables = (RECORDS[2] / "summary.md").read_text(encoding="utf-8").partition("\n`")[0]
+    written = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert written.partition("\n`")[0] == tables.replace("reinforce", "of old")
+    assert written == capsys.readouterr().out[:-1]
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "tradeoff.json").write_text("{}")
     assert main(["--read", str(tmp_path)]) == 2
@@ -305,7 +308,7 @@ def test_comparison_end_to_end_and_once_more(tmp_path, capsys):
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     summary = (tmp_path / "summary.md").read_text()
     assert "| elastic-reset |" in summary and summary.strip() in capsys.readouterr().out
-    assert len(list(tmp_path.glob("*/seed*/mixtures.jsonl"))) == 2
+    assert len(list(tmp_path.glob("*/seed*/afterwards.jsonl"))) == 2
     logs = [log.read_text() for log in tmp_path.glob("*/seed*.log")]
     assert len(logs) == 4 and "RL, ppo" in "".join(logs) and "training the" not in "".join(logs)
     places = [place for place in tmp_path.glob("*/**/*") if place.is_file()]
@@ -318,7 +321,7 @@ def test_comparison_end_to_end_and_once_more(tmp_path, capsys):
     first, last, names = plain["3"][0], plain["3"][-1], ("reward", "drift", "bleu_de", "bleu_en", "kl")
     assert mixture(1.0) == pytest.approx({name: last[name] for name in names}, rel=1e-5)
     start = mixture(0.0)  # the receiver, which the reward depends on, stays as it is at the end
-    assert start["drift"] == pytest.approx(first["drift"], rel=1e-6) and start["kl"] == 0
+    assert start["drift"] == pytest.approx(first["drift"], rel=1e-5) and start["kl"] == 0
     assert last["drift"] != pytest.approx(first["drift"], rel=1e-5) and last["kl"] != 0
 
     assert finished(config)
