@@ -12,19 +12,20 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 CHAPTERS = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("[0-9]*.md"))]
+RESULTS = ROOT / "tutorials" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md")), ROOT / "ema_kernel" / "README.md"]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter(path, monkeypatch, tmp_path):
-    """It runs, and each picture that it leaves in the current folder has a copy that its text shows."""
+    """It runs, and each plot that it leaves in the current folder has a copy that its text shows."""
     (tmp_path / "tutorials").symlink_to(ROOT / "tutorials")
     monkeypatch.chdir(tmp_path)
     examples = list(Sybil([PythonCodeBlockParser()]).parse(path))
     assert examples
     for example in examples:
         example.evaluate()
-    shown = re.findall(r"!\[[^]]*\]\(figures/([^)]+)\)", path.read_text(encoding="utf-8"))
+    shown = re.findall(r"!\[[^]]*\]\(figures/([^)]+\.png)\)", path.read_text(encoding="utf-8"))
     assert {picture.name for picture in tmp_path.glob("*.png")} == set(shown)
 
 
@@ -34,6 +35,30 @@ def test_a_method_has_one_colour_everywhere():
     known = {color for color, _ in [*compare.STYLES.values(), *compare.SPARE]}
     for path in CHAPTERS:
         assert {*re.findall(r"#[0-9A-F]{6}", path.read_text(encoding="utf-8"))} <= known, path.name
+
+
+def test_the_animation_marks_what_people_did_not_say_and_draws_a_frame():
+    from tutorials.figures import saw_tooth
+
+    human, said = "the old cook sees a hat", "this elderly cook sees sees a cat"
+    assert saw_tooth.faults(said, human) == [False, False, False, False, True, False, True]
+    assert saw_tooth.stammers(said) and not saw_tooth.stammers(human)
+    begun = dict(update=0, event="", reward=-2.0, drift=0.2, english=[human, human])
+    before = begun | dict(update=10, event="before reset", english=[human, said])
+    history = [begun, before, begun | dict(update=10, event="after reset")]
+    assert saw_tooth.most_repaired(history) == 1
+    captions = {"French": ["un", "deux"], "human English": [human, human]}
+    frame = saw_tooth.draw({"ppo": history[:2], "elastic-reset": history}, captions, 1, 2)
+    assert frame.size == (810, 522)
+
+
+def test_the_evidence_is_drawn_from_the_records():
+    from tutorials.figures import evidence
+
+    found = {task: evidence.compare.read_record(RESULTS / task)["summary"] for task in evidence.TASKS}
+    assert len(evidence.picture(found).axes) == 3
+    start, ppo = (line.split(" | ")[1] for line in evidence.table(found).splitlines()[2:4])
+    assert float(start) < float(ppo.split(" ± ")[0])
 
 
 def run_py(*words, folder):

@@ -35,10 +35,8 @@ def spring(axes, start, end, coils=9):
     across = np.array([-along[1], along[0]]) / np.hypot(*along)
     heights = [0, *([0.07, -0.07] * coils), 0]
     places = np.linspace(0, 1, len(heights))
-    x, y = zip(
-        *(start + place * along + height * across for place, height in zip(places, heights, strict=True))
-    )
-    axes.plot(x, y, color=GREY, linewidth=1.1)
+    points = start + np.outer(places, along) + np.outer(heights, across)
+    axes.plot(*points.T, color=GREY, linewidth=1.1)
 
 
 def draw_elastic():
@@ -50,28 +48,16 @@ def draw_elastic():
         if title == "n updates":
             way = np.linspace(0, 1, 13)
             x = start[0] + (policy[0] - start[0]) * way
-            y = (
-                start[1]
-                + (policy[1] - start[1]) * way
-                + 0.62 * np.sin(np.pi * way)
-                + 0.05 * (-1) ** np.arange(13)
-            )
+            y = start[1] + (policy[1] - start[1]) * way + 0.62 * np.sin(np.pi * way)
+            y += 0.05 * (-1) ** np.arange(13)
             y[[0, -1]] = start[1], policy[1]
             axes.plot(x, y, color=ORANGE, linewidth=1.2, marker=".", markersize=4)
             axes.text(left + 1.15, 2.1, "PPO", color=ORANGE, ha="center")
             spring(axes, start, average)
             spring(axes, average, policy)
         else:
-            arrow(
-                axes,
-                (policy[0] - 0.12, policy[1] - 0.05),
-                (average[0] + 0.1, average[1] + 0.12),
-                ORANGE,
-                0.15,
-            )
-            arrow(
-                axes, (average[0] - 0.14, average[1] - 0.02), (start[0] + 0.13, start[1] + 0.08), BLUE, 0.15
-            )
+            arrow(axes, (left + 2.98, 1.9), (left + 1.85, 1.32), ORANGE, 0.15)
+            arrow(axes, (left + 1.61, 1.18), (left + 0.48, 0.83), BLUE, 0.15)
             axes.text(left + 2.15, 1.95, r"$\theta\leftarrow\bar\theta$", color=ORANGE, ha="center")
             axes.text(left + 0.9, 1.42, r"$\bar\theta\leftarrow\theta_0$", color=BLUE, ha="center")
         for (x, y), color, name, above in (
@@ -94,10 +80,8 @@ def draw_game():
         (2.0, BLUE, "sender", "learns by PPO"),
         (5.2, GREY, "receiver", "learns from German"),
     ):
-        box = FancyBboxPatch(
-            (x, 1.1), 1.4, 0.8, "round,pad=0.04", facecolor="white", edgecolor=color, linewidth=2
-        )
-        axes.add_patch(box)
+        look = dict(facecolor="white", edgecolor=color, linewidth=2)
+        axes.add_patch(FancyBboxPatch((x, 1.1), 1.4, 0.8, "round,pad=0.04", **look))
         axes.text(x + 0.7, 1.65, name, color=color, ha="center", va="center", weight="bold")
         axes.text(x + 0.7, 1.33, how, color=color, ha="center", va="center", fontsize=9)
     for begin, end, language, text in (
@@ -111,18 +95,11 @@ def draw_game():
     axes.text(4.3, 1.95, "nobody\nchecks it", ha="center", fontsize=9, color=ORANGE)
     axes.plot([7.55, 7.55, 2.7], [2.05, 2.55, 2.55], color=BLUE, linewidth=1.6)
     arrow(axes, (2.7, 2.55), (2.7, 1.97), BLUE)
-    axes.text(
-        5.0,
-        2.62,
-        "reward: how probable is the right German?",
-        color=BLUE,
-        ha="center",
-        va="bottom",
-        fontsize=10,
-    )
+    look = dict(ha="center", fontsize=10)
+    axes.text(5.0, 2.62, "reward: how probable is the right German?", color=BLUE, va="bottom", **look)
     axes.plot([7.55, 7.55, 5.9], [0.85, 0.45, 0.45], color=GREY, linewidth=1.6)
     arrow(axes, (5.9, 0.45), (5.9, 1.03))
-    axes.text(6.7, 0.38, "the right German, to imitate", color=GREY, ha="center", va="top", fontsize=10)
+    axes.text(6.7, 0.38, "the right German, to imitate", color=GREY, va="top", **look)
     return figure
 
 
