@@ -1,4 +1,4 @@
-"""Rooms 6 and 7: data and models from folders shaped like the hub's, training from scratch, small worlds."""
+"""Sections 6 and 7: data and models from folders shaped like the hub's, pretraining, small worlds."""
 
 import hashlib
 import json

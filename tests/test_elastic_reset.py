@@ -1,4 +1,4 @@
-"""Room 1: the average and the reset."""
+"""Section 1: the average and the reset."""
 
 import copy
 import os
@@ -216,9 +216,6 @@ def test_unusable_arguments():
             ElasticReset(model, **arguments)
     with pytest.raises(ValueError, match="nothing to average"):
         ElasticReset(nn.Linear(2, 2).requires_grad_(False))
-    for parameters in (["weight"], model.weight):
-        with pytest.raises(TypeError, match="item 0 is neither"):
-            ElasticReset(parameters)
 
 
 # Parameters stay where they are, and what others do with them is as without ElasticReset.
@@ -500,7 +497,7 @@ def what_each_process_sees():
 
 
 def test_imports_with_torch_alone():
-    """Room 1 must work where nothing but torch is installed: every other package is made unimportable."""
+    """Section 1 must work where nothing but torch is installed: every other package is made unimportable."""
     code = """
 import sys
 class Refuse:

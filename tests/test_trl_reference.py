@@ -1,4 +1,4 @@
-"""Room 2 against TRL 1.12.0: one PPO update of a tiny model, as recorded by trl_reference.py, term by term.
+"""Section 2 against TRL 1.12.0: one PPO update of a tiny model, recorded by trl_reference.py, term by term.
 
 Differences by design, and how the terms are compared all the same:
 
