@@ -84,10 +84,10 @@ class ElasticReset:
     optimizer, after adapters and `fully_shard`. Frozen parameters and buffers are left alone.
 
     `ema` and `init` are lists of tensors shaped like `params`: float32 (float64 for float64), because a
-    bfloat16 average with decay 0.995 would be rounded back to where it was. They follow the parameters to
-    another device or dtype. `backend` is "rust" if the extension `ema_kernel` is built and all parameters are
-    contiguous CPU tensors, each with memory of its own; else "foreach", torch's operations on lists. Each
-    rank averages its own shard of a DTensor. (FSDP2: give it the root module.)
+    bfloat16 average with decay 0.995 would be rounded back to where it was. `backend` is "rust" if the
+    extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
+    own; else "foreach", torch's operations on lists. Of a DTensor each rank averages its own shard. (FSDP2:
+    give it the root module.)
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
@@ -153,8 +153,7 @@ class ElasticReset:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Within `with elastic.averaged():` the policy has the EMA's weights, to be evaluated or saved. After
-        it, and after an exception, the policy has its own again."""
+        """Within `with elastic.averaged():` the policy has the EMA's weights, to be evaluated or saved."""
         self._follow()
         policy = [local(p) for p in self.params]
         own = [p.clone() for p in policy]
@@ -176,17 +175,17 @@ class ElasticReset:
         self._follow()
         state = {"updates": torch.tensor(self.updates), "resets": torch.tensor(self.resets)}
         for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
-            state |= {f"ema.{name}": shard_like(p, ema), f"init.{name}": shard_like(p, init)}
+            state |= {f"ema.{name}": as_dtensor(p, ema), f"init.{name}": as_dtensor(p, init)}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copies a state_dict() in; full tensors will do where this one has DTensors. Raises ValueError, with
-        nothing changed, if a name, a shape or a dtype differs."""
+        """Copies a state_dict() in; full tensors will do for DTensors. ValueError, with nothing changed, if a
+        name, a shape or a dtype differs."""
         own = self.state_dict()
         compare_layout(own, dict(state), "not this policy's state: it")
         for name, tensor in own.items():
-            tensor.copy_(split_like(tensor, state[name]))
+            tensor.copy_(as_dtensor(tensor, state[name], whole=True))
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
 
     def _drop_whole_copies(self) -> None:
@@ -207,7 +206,11 @@ class ElasticReset:
         self._places, self._flat = places, []
         ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in policy if p.numel())
         apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
-        takes = apart and all(map(kernel_takes, self.params))
+        takes = ema_kernel is not None and apart
+        for p in self.params:
+            takes &= p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+            takes &= p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_contiguous()
+            takes &= p.data_ptr() % p.element_size() == 0
         for i, p in enumerate(policy):
             groups.setdefault((p.device, p.dtype), []).append(i)
         for (device, dtype), members in groups.items():
@@ -238,30 +241,16 @@ def local(p):
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
-def shard_like(p, average):
-    """The average of a DTensor's shard as a DTensor like it; of another parameter as it is."""
-    if not hasattr(p, "to_local"):
-        return average
-    from torch.distributed.tensor import DTensor
-
-    shape = dict(shape=p.shape, stride=p.stride())
-    return DTensor.from_local(average, p.device_mesh, p.placements, run_check=False, **shape)
-
-
-def split_like(own, tensor):
-    """A full tensor as a DTensor like `own`, if that is one; any other as it is."""
-    if not hasattr(own, "to_local") or hasattr(tensor, "to_local"):
+def as_dtensor(p, tensor, whole=False):
+    """This rank's shard of a tensor, or the whole one, as a DTensor like p; as it is where p is none."""
+    if not hasattr(p, "to_local") or hasattr(tensor, "to_local"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(tensor, own.device_mesh, own.placements)
-
-
-def kernel_takes(p):
-    """Whether the extension is built and is made for parameters like this one."""
-    known = p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    plain = p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_contiguous()
-    return ema_kernel is not None and known and plain and p.data_ptr() % p.element_size() == 0
+    if whole:
+        return distribute_tensor(tensor, p.device_mesh, p.placements)
+    shape = dict(shape=p.shape, stride=p.stride())
+    return DTensor.from_local(tensor, p.device_mesh, p.placements, run_check=False, **shape)
 
 
 def as_array(flat):
@@ -453,11 +442,9 @@ def logits_and_states(policy, inputs, n):
 
 
 def train(config: "Config", task: "Task | None" = None) -> dict:
-    """Trains and writes the run's files. Returns
-    {"start": metrics, "end": metrics, "history": list of metrics, "output_dir": folder}.
-
-    Raises ValueError for settings, a task or data that cannot be used, FloatingPointError when a reward, a
-    loss or a gradient is not finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
+    """Trains and writes the run's files. Returns {"start": metrics, "end": metrics, "history": list of
+    metrics, "output_dir": folder}. Raises FloatingPointError when a reward, a loss or a gradient is not
+    finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
     if task is None and config.task not in TASKS:
         raise ValueError(f"--task is {config.task}; expected one of {', '.join(TASKS)}, or your own")
     run = Run(config)
@@ -465,7 +452,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
     model, optimizer = actor_critic(task.policy, config, run.accelerator)
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
     reference = elastic.ema if config.kl_reference == "ema" else elastic.init
-    run.begin(both(dict(model=model, optimizer=optimizer, elastic=elastic), task.trained))
+    run.begin(dict(model=model, optimizer=optimizer, elastic=elastic, **task.trained))
     if not run.history:
         run.log(evaluate(task, model, elastic, config))
 
@@ -475,7 +462,8 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
         batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
 
         # 2. Score: a reward for the response, a KL penalty for each of its tokens
-        scores = score(task, prompts, texts).to(model.policy.device)  # (batch,)
+        scores = torch.as_tensor(task.reward(prompts, texts), dtype=torch.float32).detach()
+        scores = scores.to(model.policy.device).reshape(len(prompts))  # one each
         with torch.no_grad():
             logprobs, values, _ = model(batch)  # (batch, response)
         stats = dict(train_reward=scores.mean(), entropy=-masked_mean(logprobs, batch["mask"]))
@@ -503,7 +491,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         if hasattr(task, "learn"):  # in translation, the receiver
-            stats = both(stats, run.mean_over_processes(task.learn(prompts, texts) or {}))
+            stats = dict(**stats, **run.mean_over_processes(task.learn(prompts, texts) or {}))
         if config.kl_target:  # adapt the coefficient within some 10,000 responses (arXiv 1909.08593, 2.2)
             error = min(max(stats["train_kl"] / config.kl_target - 1, -0.2), 0.2)
             run.kl_coef *= 1 + error * config.batch_size / 10_000
@@ -548,31 +536,14 @@ def adamw(*groups):
 
 
 def prompts_of(task, update, config, accelerator):
-    """This process's prompts of an update. They and the seed set here depend on the update's number alone, so
-    that a resumed run goes on as if it had not been interrupted."""
-    from accelerate.utils import set_seed
-
-    seed = (config.seed * 1_000_003 + update) * accelerator.num_processes
-    set_seed(seed % (2**32 - accelerator.num_processes), device_specific=True)
+    """This process's prompts of an update. They and torch's seed, set here, depend on the update's number
+    alone, so that a resumed run goes on as if it had not been interrupted."""
+    seed, n = config.seed * 1_000_003 + update, accelerator.num_processes
+    torch.manual_seed(seed * n % (2**32 - n) + accelerator.process_index)
     prompts = list(task.prompts(config.batch_size, update))
     if len(prompts) != config.batch_size:
         raise ValueError(f"prompts() gave {len(prompts)}; expected {config.batch_size} (batch_size)")
-    return prompts[accelerator.process_index :: accelerator.num_processes]
-
-
-def score(task, prompts, texts):
-    """The task's rewards as a tensor, (batch,)."""
-    rewards = torch.as_tensor(task.reward(prompts, texts), dtype=torch.float32).detach().flatten()
-    if len(rewards) != len(prompts):
-        raise ValueError(f"reward() gave {len(rewards)} numbers; expected {len(prompts)}, one a response")
-    return rewards
-
-
-def both(numbers, more):
-    """The entries of two dictionaries. ValueError if they share a name."""
-    if taken := numbers.keys() & more.keys():
-        raise ValueError(f"the name {min(taken)!r} is taken: a task's need to be others")
-    return numbers | more
+    return prompts[accelerator.process_index :: n]
 
 
 def ppo_backward(model, minibatch, config, accelerator):
@@ -610,9 +581,7 @@ def optimizer_step(module, optimizer, config, accelerator):
 @torch.no_grad()
 def evaluate(task, model, elastic, config):
     """The task's metrics and `kl`, the KL to the start in nats per response; always the same seed."""
-    from accelerate.utils import set_seed
-
-    set_seed(0)
+    torch.manual_seed(0)
     responses, kl, start = [], [], elastic.by_name(elastic.init)
     for (prompts,) in chunks(task.validation_prompts):
         batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
@@ -620,9 +589,9 @@ def evaluate(task, model, elastic, config):
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
     metrics = task.evaluate(responses)
-    if not isinstance(metrics, dict) or not {"reward", "drift"} <= metrics.keys():
-        raise ValueError(f"evaluate() gave {str(metrics)[:60]}; expected reward, drift and other numbers")
-    return both(metrics, dict(kl=torch.cat(kl).mean().item()))
+    if not {"reward", "drift"} <= metrics.keys():
+        raise ValueError(f"evaluate() gave {', '.join(metrics)}; expected reward, drift and other numbers")
+    return dict(**metrics, kl=torch.cat(kl).mean().item())
 
 
 # ================================================= 4. Tasks ================================================
@@ -631,16 +600,14 @@ def evaluate(task, model, elastic, config):
 class Task(Protocol):
     """What train() needs of a task; write your own and call train(config, task=MyTask(...)).
 
-    `policy`: a transformers model with generate(). `tokenizer`: its tokenizer. `trained`: what else learns,
-    modules and optimizers by name, for the checkpoints. `footnote`: a line under the run's table. Optional:
-    `learn(prompts, responses)`, called once the policy is updated; it returns numbers to log.
-    """
+    `policy`: a transformers model with generate(). `trained`: what else learns, modules and optimizers by
+    name, for the checkpoints. Optional: `learn(prompts, responses)`, called once the policy is updated; it
+    returns numbers to log. `footnote`, printed at the end."""
 
     policy: nn.Module
     tokenizer: object
     validation_prompts: list[str]
     trained: dict
-    footnote: str
 
     def prompts(self, n: int, update: int) -> list[str]:
         """The prompts of an update. A function of its arguments: a resumed run must see the same data."""
@@ -939,8 +906,8 @@ class Config:
     @property
     def sampling(self):
         """The settings of respond() that RL samples with."""
-        how = dict(response_length=self.response_length, temperature=self.temperature)
-        return how | dict(shortest=self.min_response_length, max_length=self.max_length)
+        how = dict(shortest=self.min_response_length, max_length=self.max_length)
+        return dict(response_length=self.response_length, temperature=self.temperature, **how)
 
 
 SHORTER = {"min_response_length": "response_length", "mini_batch_size": "batch_size"}
@@ -1740,8 +1707,7 @@ class Run:
         if saved:
             if saved["update"] > self.config.updates:
                 raise ValueError(f"{self.folder} has done {saved['update']} updates; set updates to more")
-            for problem in problems:
-                print(f"{problem}; the one before is used", file=sys.stderr)
+            print(*[f"{problem}; the one before is used\n" for problem in problems], file=sys.stderr, end="")
             for name, part in parts.items():
                 part.load_state_dict(part.state_dict() | saved["parts"][name])
             vars(self).update({name: saved[name] for name in self.COUNTERS})
@@ -1784,12 +1750,10 @@ class Run:
                 raise KeyboardInterrupt("stopped at once")
             self.stop = signum
 
-        names = ("SIGINT", "SIGTERM", "SIGHUP")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-            numbers = []
-        heeded = [s for s in numbers if signal.getsignal(s) != signal.SIG_IGN]  # which nohup makes SIGHUP
-        before = {s: signal.signal(s, stop) for s in heeded}
+        main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP") if main_thread]
+        heeded = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # as nohup sets SIGHUP
+        before = {n: signal.signal(n, stop) for n in heeded}
         how = dict(desc=f"RL, {self.config.method}", initial=self.update, total=self.config.updates)
         try:
             with progress(range(self.update + 1, self.config.updates + 1), **how) as self.bar:
@@ -1823,8 +1787,7 @@ class Run:
         stats = dict(zip(stats, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, value in stats.items():
             if not math.isfinite(value):
-                good = [f"the last good checkpoint is {p}" for p in self.checkpoints if p.exists()]
-                good = good[0] if good else "there is no checkpoint yet"
+                good = f"checkpoints, if any yet, are in {self.checkpoints[0].parent}"
                 raise FloatingPointError(f"update {self.update}: {name} is {value}; {good}")
         return stats
 
@@ -1834,7 +1797,7 @@ class Run:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.samples = [*self.samples[:1], [{name: str(x) for name, x in row.items()} for row in rows[:5]]]
         line = dict(update=self.update, event=event, seconds=round(time.perf_counter() - self.began, 2))
-        line = both(both(line, stats or {}), self.mean_over_processes(metrics))
+        line = dict(**line, **(stats or {}), **self.mean_over_processes(metrics))
         self.history.append(line)
         if self.main:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
