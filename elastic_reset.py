@@ -91,18 +91,16 @@ class ElasticReset:
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay is {decay}; expected a number from 0 to 1, such as 0.995")
-        if reset_every < 1 or reset_every != int(reset_every):
-            raise ValueError(f"reset_every is {reset_every}; expected a whole number of updates, 1 or more")
-        if reset not in RESET_RULES:
-            raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
+        if not 0 <= decay <= 1 or reset_every not in range(1, 10**18) or reset not in RESET_RULES:
+            expected = f"decay 0 to 1, a whole reset_every, reset of {', '.join(RESET_RULES)}"
+            raise ValueError(
+                f"decay {decay}, reset_every {reset_every}, reset {reset!r}: expected {expected}"
+            )
         self.decay, self.reset_every, self.rule = decay, int(reset_every), reset
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        self._fsdp = [module for module in modules if hasattr(module, "reshard")]
+        whole, names = isinstance(model, nn.Module), {}
+        self._fsdp = [module for module in model.modules() if hasattr(module, "reshard")] if whole else []
         self._drop_whole_copies()
-        named, names = model.named_parameters() if isinstance(model, nn.Module) else enumerate(model), {}
-        for name, p in named:
+        for name, p in model.named_parameters() if whole else enumerate(model):
             if p.requires_grad:
                 names.setdefault(p, str(name))
         if not names:
@@ -170,8 +168,8 @@ class ElasticReset:
         return {n: w.to(p.dtype) for n, p, w in zip(self.names, self.params, weights, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """`ema.<name>`, `init.<name>` and the counters `updates`, `resets`, all tensors, DTensors where the
-        parameters are. They are live, as in torch.optim: clone what must not change with the next update."""
+        """`ema.<name>`, `init.<name>`, `updates`, `resets`: tensors, DTensors where the parameters are. They
+        are live, as in torch.optim: clone what must not change with the next update."""
         self._follow()
         state = {"updates": torch.tensor(self.updates), "resets": torch.tensor(self.resets)}
         for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
@@ -336,8 +334,8 @@ class ActorCritic(nn.Module):
             whole = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # of an adapter
             self.value["model"] = copy.deepcopy(whole.base_model)  # without the output layer
         self.value["head"] = nn.Linear(policy.get_output_embeddings().in_features, 1, device=policy.device)
-        nn.init.zeros_(self.value["head"].weight)
-        nn.init.zeros_(self.value["head"].bias)
+        for p in self.value["head"].parameters():
+            nn.init.zeros_(p)
 
     def forward(self, batch, with_entropy=False, with_values=True):
         """The responses' log-probabilities, values and, if asked for, entropies, (batch, response); 0 where
@@ -520,8 +518,7 @@ def actor_critic(policy, config, accelerator):
     """The policy with its value function, and the optimizer of both."""
     policy.eval()  # no dropout: the ratio of a policy to itself must be 1
     set_plain_generation(policy)
-    shortest = config.min_response_length
-    model = ActorCritic(policy, config.temperature, config.separate_value_model, shortest)
+    model = ActorCritic(policy, config.temperature, config.separate_value_model, config.min_response_length)
     # evaluation_mode: no DDP around it, which would hide the model's parts; optimizer_step() does its work
     model = accelerator.prepare_model(model, evaluation_mode=True)
     rate = config.learning_rate
@@ -549,8 +546,8 @@ def prompts_of(task, update, config, accelerator):
 def ppo_backward(model, minibatch, config, accelerator):
     """The gradient of ppo_loss's mean over the tokens of a minibatch, of all processes, in
     `gradient_accumulation_steps` parts. Returns the numbers to watch."""
-    names = ("cliprange", "cliprange_value", "vf_coef", "entropy_coef")
-    settings = {name: getattr(config, name) for name in names}
+    clip = dict(cliprange=config.cliprange, cliprange_value=config.cliprange_value)
+    settings = clip | dict(vf_coef=config.vf_coef, entropy_coef=config.entropy_coef)
     tokens, watched = accelerator.reduce(minibatch["mask"].sum().float(), "mean"), {}
     for rows in torch.arange(len(minibatch["mask"])).chunk(config.gradient_accumulation_steps):
         part = {name: tensor[rows] for name, tensor in minibatch.items()}
@@ -973,11 +970,9 @@ PRESETS = {
 
 
 def configure(task="custom", method="elastic-reset", preset="mini", **given) -> Config:
-    """Defaults < the task's preset < the method < `given`. Raises ValueError for what cannot be set."""
+    """Defaults < the task's preset < the method < `given`."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    if unknown := given.keys() - {f.name for f in fields(Config)}:
-        raise ValueError(f"unknown setting {min(unknown)!r}; --help lists them all")
     layers = PRESETS.get(f"{task}/{preset}", {}) | METHODS[method]
     if method in ("ppo-kl", "ema-reference"):
         layers["kl_coef"] = KL_COEFS.get(f"{task}/{preset}", layers.get("kl_coef", 0.0))
@@ -1042,8 +1037,7 @@ def mean_logprobs(model, tokenizer, sources, targets, max_length):
 
 @torch.no_grad()
 def mean_nll(model, tokenizer, sources, targets, max_length):
-    """The targets' mean negative log-likelihood per token; its exp is the perplexity. Of no token at all it
-    is that of a uniform guess."""
+    """The targets' mean negative log-likelihood per token (of no token: of a uniform guess)."""
     parts = chunks(sources, targets, size=32)  # long texts over a large vocabulary take much memory
     scored = [target_logprobs(model, tokenizer, *texts, max_length) for texts in parts]
     tokens = sum(mask.sum().item() for _, mask in scored)
@@ -1123,7 +1117,7 @@ def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
 
 def load_model(role, name, kind, config, longest=0, **settings):
     """A model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by hub name or
-    from a folder. ValueError if it cannot be used, as for texts of `longest` tokens."""
+    from a folder. ValueError if it cannot be used for texts of `longest` tokens."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -1132,13 +1126,13 @@ def load_model(role, name, kind, config, longest=0, **settings):
     try:
         model, found = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name, **settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        tokenizer("a")  # where a damaged one fails
         new_head = kind == "SequenceClassification" and not longest  # which is trained next
         faults = [f"{n} is not trained" for n in found["missing_keys"] if not new_head]
         faults += [f"{n} is not finite" for n, p in model.named_parameters() if not p.isfinite().all()]
-        if faults or max_positions(model) < longest or hasattr(model, "peft_config"):
-            needed = f"{max_positions(model)} positions, {longest} needed"
-            raise ValueError(f"{faults[0] if faults else needed} (adapters must be merged first)")
+        if max_positions(model) < longest:
+            faults.append(f"it has {max_positions(model)} positions; {longest} are needed")
+        if faults:
+            raise ValueError(faults[0])
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
         if model.can_generate():
@@ -1160,8 +1154,7 @@ def max_positions(model):
 
 
 def set_plain_generation(policy):
-    """Drops a model's own ways of generating (beams, forced tokens, penalties), so that it samples from its
-    own distribution."""
+    """Drops a model's beams, forced tokens and penalties, so that it samples from its own distribution."""
     from transformers import GenerationConfig
 
     names = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
@@ -1207,9 +1200,8 @@ CACHE_VERSION = 2  # raise it when pretraining changes what it makes
 
 
 def trained(role, kind, start, texts, examples, loss_of, updates, config, seed=0, **head):
-    """The cached folder of a model fitted to `examples`. `start`: a family (see small_shape()) to train from
-    scratch, with a tokenizer made of `texts`, or else the name of a model that is trained through an adapter,
-    which is merged. The folder is named by a hash of data, settings and CACHE_VERSION."""
+    """The cached folder of a model fitted to `examples`. `start`: a family of small_shape() to train from
+    scratch, with a tokenizer made of `texts`, or else a model that is trained through an adapter."""
     import transformers
 
     if not examples:
@@ -1330,7 +1322,7 @@ def name_and_split(spec):
 
 def load_rows(spec, columns):
     """Rows {column: text} of a hub dataset or a local folder of JSONL, CSV or Parquet, "DIR" or
-    "DIR:train[:9000]"; `translation: {..}` is unpacked. ValueError saying what is wrong, and in which row."""
+    "DIR:train[:9000]"; `translation: {..}` is unpacked."""
     from datasets import disable_progress_bar, load_dataset, logging
 
     name, split = name_and_split(spec)
@@ -1380,8 +1372,7 @@ def translation_data(config):
 
 
 def review_data(config):
-    """train, validation: (text, label) pairs, label 1 positive; gold(prompts, responses): metrics that only
-    the embedded corpus allows, {} for others."""
+    """train, validation: (text, label) pairs. gold(prompts, responses): metrics of the embedded corpus."""
     if not config.data:
         return toy_reviews()
     parts = train_and_held_out(config, "text label")
@@ -1393,9 +1384,8 @@ ASKED = "Question: {}\n\nAnswer: "  # the paper's
 
 
 def qa_data(config):
-    """sft and validation: (question, human answer) pairs; preferences and held_out: pairs of texts, question
-    and answer, the better one first; questions: prompts; texts: for a tokenizer; problems: a prompt,
-    program_of(response) and the value expected of that program, see run_programs()."""
+    """sft, validation: (question, human answer) pairs. preferences, held_out: pairs of texts, the better one
+    first. problems: a prompt, program_of(response), and the value that run_programs() shall give it."""
     if not config.data:
         return toy_qa()
     train, validation = train_and_held_out(config, "question response_j")
@@ -1678,8 +1668,7 @@ def toy_problem(rng, function):
 
 
 class Run:
-    """A run's folder with its log and checkpoints, and its progress. Of several processes the main one
-    writes. Raises ValueError for a folder that cannot be this run's."""
+    """A run's folder, log, checkpoints and progress. Of several processes the main one writes."""
 
     COUNTERS = ("update", "kl_coef", "history", "samples")
 
@@ -1765,8 +1754,7 @@ class Run:
                 signal.signal(signum, handler)
 
     def save_if_due(self):
-        """A checkpoint every save_every updates, after the last, and when asked to stop, which then raises
-        KeyboardInterrupt. The one before is kept."""
+        """A checkpoint if it is time for one or the run was asked to stop, which raises KeyboardInterrupt."""
         stop = self.mean_over_processes(dict(stop=self.stop))["stop"]
         if not stop and self.update % self.config.save_every and self.update != self.config.updates:
             return
@@ -1794,8 +1782,8 @@ class Run:
     def log(self, metrics, event="", stats=None):
         """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
         columns = metrics.pop("samples", {})
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        self.samples = [*self.samples[:1], [{name: str(x) for name, x in row.items()} for row in rows[:5]]]
+        rows = list(zip(*columns.values(), strict=True))[:5]
+        self.samples = [*self.samples[:1], [dict(zip(columns, map(str, row), strict=True)) for row in rows]]
         line = dict(update=self.update, event=event, seconds=round(time.perf_counter() - self.began, 2))
         line = dict(**line, **(stats or {}), **self.mean_over_processes(metrics))
         self.history.append(line)
@@ -1825,8 +1813,7 @@ class Run:
 
 
 def claim(folder, config):
-    """Makes the folder and returns a lock on it. ValueError if another process has it, if it holds anything
-    but this run, which is to be resumed, or if something that the run reads lies in it."""
+    """Makes the folder and returns a lock on it. ValueError if it is not this run's alone."""
     from filelock import FileLock, Timeout
 
     try:
@@ -1837,12 +1824,11 @@ def claim(folder, config):
             raise ValueError("it holds other files")
         if links := [path.name for path in found if path.is_symlink()]:
             raise ValueError(f"it holds a link, {links[0]}, to where other files may be")
-        for name, value in now.items():
-            for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
-                path = Path(name_and_split(text)[0])
-                inside = path.resolve().is_relative_to(folder.resolve())
-                if name != "output_dir" and text and inside and path.exists():
-                    raise ValueError(f"it holds {text}, which the run reads")
+        texts = [text for name, text in now.items() if isinstance(text, str) and name != "output_dir"]
+        for text in filter(None, texts + now["sender_data"] + now["receiver_data"]):
+            path = Path(name_and_split(text)[0]).resolve()
+            if path.exists() and path.is_relative_to(folder.resolve()):
+                raise ValueError(f"it holds {text}, which the run reads")
         if before and not config.resume:
             raise ValueError("it holds a run: go on with --resume true, or choose another folder")
         for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
@@ -1860,8 +1846,7 @@ def claim(folder, config):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a place beside `path` for a file or a folder of files. At the end these take their places in one
-    step each, and nothing else is touched."""
+    """Yields a place beside `path` for a file or a folder of files, which at the end take their places."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -222,7 +222,7 @@ def test_sentiment_with_models_from_folders(tmp_path):
     five = distilbert_folder(tmp_path / "five", texts, num_labels=5)
     with pytest.raises(ValueError, match="five' must have 2 labels"):
         MockSentiment(configure(**flags | dict(reward_model=five)))
-    with pytest.raises(ValueError, match="96 positions, 160 needed"):
+    with pytest.raises(ValueError, match="has 96 positions; 160 are needed"):
         MockSentiment(configure(**flags | dict(max_length=80)))
 
 
