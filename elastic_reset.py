@@ -1522,32 +1522,26 @@ def toy_reviews(seed=0):
 
 def toy_opinion(rng, feeling):
     """As "my friend enjoyed the plot at home ." """
-    words = rng.choice(sentence_kinds(feeling))
+    words = rng.choice(grammar(feeling)[0])
     return " ".join(choices[0] if len(choices) == 1 else rng.choice(choices) for choices in words)
 
 
 @functools.cache
-def sentence_kinds(feeling):
-    """The kinds of sentences, each a list of the words that may stand at a place."""
+def grammar(feeling):
+    """The kinds of sentences, each a list of the words that may stand at a place, and what matches them."""
 
     def choices(word):
         words = REVIEW_WORDS.get(word) or REVIEW_WORDS.get(word + feeling) or word
         return [choice.replace("_", " ") for choice in words.split()]
 
-    return [[choices(word) for word in kind.split()] for [kind] in table(REVIEWS, "|")]
+    kinds = [[choices(word) for word in kind.split()] for [kind] in table(REVIEWS, "|")]
+    patterns = [" ".join(f"({'|'.join(map(re.escape, words))})" for words in kind) for kind in kinds]
+    return kinds, re.compile("|".join(patterns))
 
 
-@functools.lru_cache(maxsize=100_000)
 def toy_feeling(sentence):
     """ "+", "-", "0" or, of what the grammar does not generate, None."""
-    return next((feeling for feeling in "+-0" if re.fullmatch(grammar(feeling), sentence)), None)
-
-
-@functools.cache
-def grammar(feeling):
-    """A regular expression for the sentences with this feeling."""
-    kinds = [[f"({'|'.join(map(re.escape, c))})" for c in kind] for kind in sentence_kinds(feeling)]
-    return "|".join(" ".join(kind) for kind in kinds)
+    return next((feeling for feeling in "+-0" if grammar(feeling)[1].fullmatch(sentence)), None)
 
 
 def toy_gold(prompts, responses):
