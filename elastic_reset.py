@@ -79,15 +79,14 @@ class ElasticReset:
         ...
         elastic.step()  # after every PPO update or, in other training, after every optimizer.step()
 
-    `model` is a module or an iterable of parameters. As an optimizer does, it holds those that have
-    `requires_grad` now, tied ones once, and never moves or replaces them: make it where you make the
-    optimizer, after adapters and `fully_shard`. Frozen parameters and buffers are left alone.
+    `model` is a module (with FSDP2 the root) or an iterable of parameters. As an optimizer does, it holds
+    those that have `requires_grad` now, tied ones once, and never moves or replaces them: make it where you
+    make the optimizer, after adapters and `fully_shard`. Of a DTensor each rank averages its own shard.
 
     `ema` and `init` are lists of tensors shaped like `params`: float32 (float64 for float64), because a
     bfloat16 average with decay 0.995 would be rounded back to where it was. `backend` is "rust" if the
     extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
-    own; else "foreach", torch's operations on lists. Of a DTensor each rank averages its own shard. (FSDP2:
-    give it the root module.)
+    own; else "foreach", torch's operations on lists.
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
@@ -187,8 +186,7 @@ class ElasticReset:
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
 
     def _drop_whole_copies(self) -> None:
-        """FSDP2 may keep the whole parameters that it has gathered for a forward pass, and the next one would
-        not see what has been written to the shards."""
+        """FSDP2 may keep whole parameters between passes, which would not see what the shards become."""
         for module in self._fsdp:
             module.reshard()
 
@@ -276,10 +274,9 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Advantages and returns, both (batch,
-    response); the state after the last token is worth 0."""
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Both results are (batch, response)."""
     advantages, advantage = torch.zeros_like(rewards), 0.0
-    next_values = F.pad(values * mask, (0, 1))[:, 1:]
+    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # after the last token 0
     # delta_t = r_t + gamma V_{t+1} - V_t;    A_t = delta_t + gamma lam A_{t+1}
     deltas = (rewards + gamma * next_values - values) * mask
     for t in reversed(range(rewards.shape[1])):
@@ -351,8 +348,8 @@ class ActorCritic(nn.Module):
         # H = - sum_a pi(a) log pi(a)
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if with_entropy else torch.zeros_like(logprobs)
         if "model" in self.value and with_values:
-            whole = self.value["model"](**inputs, use_cache=False).last_hidden_state
-            hidden = whole[:, -responses.shape[1] :]
+            whole = self.value["model"](**inputs, use_cache=False)
+            hidden = whole.last_hidden_state[:, -responses.shape[1] :]
         values = self.value["head"](hidden.float()).squeeze(-1)
         return [torch.where(mask, x, 0.0) for x in (logprobs, values, entropy)]
 
@@ -424,8 +421,7 @@ def response_inputs(policy, input_ids, attention_mask, responses):
 
 
 def logits_and_states(policy, inputs, n):
-    """Logits (batch, n, vocab) at the last n positions, in float32, and the hidden states (batch, n, hidden)
-    that they are made of; the output layer skips the positions before."""
+    """Logits (batch, n, vocab) at the last n positions alone, in float32, and the hidden states below."""
     states = []
 
     def keep_last(output_layer, arguments):
@@ -544,8 +540,7 @@ def prompts_of(task, update, config, accelerator):
 
 
 def ppo_backward(model, minibatch, config, accelerator):
-    """The gradient of ppo_loss's mean over the tokens of a minibatch, of all processes, in
-    `gradient_accumulation_steps` parts. Returns the numbers to watch."""
+    """The gradient of ppo_loss, in `gradient_accumulation_steps` parts. Returns the numbers to watch."""
     clip = dict(cliprange=config.cliprange, cliprange_value=config.cliprange_value)
     settings = clip | dict(vf_coef=config.vf_coef, entropy_coef=config.entropy_coef)
     tokens, watched = accelerator.reduce(minibatch["mask"].sum().float(), "mean"), {}
@@ -613,16 +608,14 @@ class Task(Protocol):
         """One finite number per response."""
 
     def evaluate(self, responses: list[str]) -> dict:
-        """Metrics of the policy as it is, all numbers: `reward`, `drift`, others. `responses`: one for each
-        validation prompt, always sampled from the same seed. `samples`, {column: list of texts}, go to
-        samples.md."""
+        """Numbers: `reward`, `drift`, others. `responses`: one for each validation prompt, always sampled
+        from the same seed. `samples`, {column: list of texts}, go to samples.md."""
 
 
 class TranslationGame:
-    """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The sender, our policy, turns French into
-    English, the receiver that English into German. The sender's reward is the receiver's mean log-likelihood
-    per token of the German reference; the receiver learns that German by cross-entropy. Nobody checks the
-    English, so it drifts: `drift` is the human English's negative log-likelihood per token."""
+    """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The reward of the sender, our policy, is the
+    receiver's mean log-likelihood per token of the German reference, which the receiver learns. Nobody checks
+    the English between, so it drifts: `drift` is the human English's negative log-likelihood per token."""
 
     def __init__(self, config: "Config"):
         self.config, data, kind = config, translation_data(config), "Seq2SeqLM"
@@ -672,9 +665,8 @@ class TranslationGame:
 
 
 class MockSentiment:
-    """Continue a film review so that it sounds positive (the paper's section 5; RL4LMs' IMDB task). The
-    reward is a classifier's probability of label 1 for prompt + continuation. `drift` is the perplexity of
-    the continuations under a separate language model, which the policy does not see."""
+    """Continue a film review so that it sounds positive (the paper's section 5; RL4LMs' IMDB task), to a
+    classifier. `drift` is the continuations' perplexity under another language model."""
 
     trained = {}
 
@@ -730,8 +722,7 @@ class MockSentiment:
 
 class TechnicalQA:
     """Answer technical questions as a reward model likes it (the paper's section 6, StackLLaMA). `drift` is
-    the policy's perplexity of held-out human answers; pass@k, on functions that are run against their tests,
-    is the alignment tax."""
+    the policy's perplexity of human answers; pass@k, of functions that are run, is the alignment tax."""
 
     trained = {}
 
@@ -1722,8 +1713,7 @@ class Run:
         return state
 
     def updates(self):
-        """The numbers of the updates to do, behind a bar. A signal to stop lets an update end; a second one
-        does not wait."""
+        """The numbers of the updates to do. A signal to stop lets an update end; a second does not wait."""
 
         def stop(signum, frame):
             if self.stop:
