@@ -274,7 +274,7 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Both results are (batch, response)."""
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Both results: (batch, response)."""
     advantages, advantage = torch.zeros_like(rewards), 0.0
     next_values = F.pad(values * mask, (0, 1))[:, 1:]  # after the last token 0
     # delta_t = r_t + gamma V_{t+1} - V_t;    A_t = delta_t + gamma lam A_{t+1}
@@ -1104,6 +1104,7 @@ def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
 
 
 # Models are loaded by name, or trained here first and cached.
+CACHE_VERSION = 2  # raise it when pretraining changes what it makes
 
 
 def load_model(role, name, kind, config, longest=0, **settings):
@@ -1137,8 +1138,7 @@ def load_model(role, name, kind, config, longest=0, **settings):
 
 def max_positions(model):
     """The longest text that a model takes, in tokens; many have no limit."""
-    positions = getattr(model.config, "max_position_embeddings", None) or -1
-    return positions if positions > 0 else math.inf
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 def set_plain_generation(policy):
@@ -1182,9 +1182,6 @@ def small_shape(family, tokenizer, config, **settings):
         shape["intermediate_size"] = 2 * width
     shape |= dict(max_position_embeddings=max(128, 2 * config.max_length), pad_token_id=pad, eos_token_id=eos)
     return AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape, **settings)
-
-
-CACHE_VERSION = 2  # raise it when pretraining changes what it makes
 
 
 def trained(role, kind, start, texts, examples, loss_of, updates, config, seed=0, **head):
@@ -1301,6 +1298,7 @@ def train_tokenizer(texts, config, append_eos=True):
 
 
 # Data are rows of a hub dataset or of a local folder, or one of the small worlds of section 7.
+ASKED = "Question: {}\n\nAnswer: "  # the paper's
 
 
 def name_and_split(spec):
@@ -1366,9 +1364,6 @@ def review_data(config):
     parts = train_and_held_out(config, "text label")
     train, validation = (mixed([(row["text"].strip(), int(row["label"])) for row in rows]) for rows in parts)
     return dict(train=train, validation=validation, gold=lambda prompts, responses: {})
-
-
-ASKED = "Question: {}\n\nAnswer: "  # the paper's
 
 
 def qa_data(config):
