@@ -210,7 +210,7 @@ def test_unusable_arguments():
         "decay nan": dict(decay=float("nan")),
         "reset_every 0": dict(reset_every=0),
         "reset_every 2.5": dict(reset_every=2.5),
-        "reset of elastic, ema, init, none": dict(reset="both"),
+        "one of elastic, ema, init, none": dict(reset="both"),
     }.items():
         with pytest.raises(ValueError, match=error):
             ElasticReset(model, **arguments)
