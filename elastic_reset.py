@@ -98,6 +98,8 @@ class ElasticReset:
         self._fsdp = [module for module in model.modules() if hasattr(module, "reshard")] if whole else []
         self._drop_whole_copies()
         for name, p in model.named_parameters() if whole else enumerate(model):
+            if p.requires_grad and (p.is_meta or p.layout != torch.strided or p.element_size() < 2):
+                raise TypeError(f"parameter {name} is not a dense one in memory of 16 bits or more")
             if p.requires_grad:
                 names.setdefault(p, str(name))
         if not names:
@@ -287,12 +289,11 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 
-def whiten(x, mask, total=lambda part: part):
-    """Mean 0 and (unbiased) variance 1 over the unmasked tokens. `total`: sums over processes."""
-    tokens = total(mask.sum())
-    mean = total((x * mask).sum()) / tokens
-    variance = total(((x - mean).square() * mask).sum()) / (tokens - 1).clamp(min=1)
-    return (x - mean) * (variance + 1e-8).rsqrt() * mask
+def whiten(x, mask):
+    """Mean 0 and (unbiased) variance 1 over the unmasked tokens."""
+    centred = (x - masked_mean(x, mask)) * mask
+    variance = centred.square().sum() / (mask.sum() - 1).clamp(min=1)
+    return centred * (variance + 1e-8).rsqrt()
 
 
 def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_value, vf_coef, entropy_coef):
@@ -371,15 +372,26 @@ def forbid(logits, policy, shortest=0, first=0):
 
 
 @torch.no_grad()
-def respond(policy, tokenizer, prompts, response_length, temperature=1.0, shortest=0, max_length=None):
-    """Samples a response to each prompt; at temperature 0, the likeliest tokens. An encoder's prompts
-    are cut to max_length. Returns the batch, input_ids and attention_mask (batch, prompt), responses and mask
-    (batch, response), and the responses as texts."""
+def respond(
+    policy,
+    tokenizer,
+    prompts,
+    response_length,
+    temperature=1.0,
+    shortest=0,
+    max_length=None,
+    rows=slice(None),
+):
+    """Samples a response to each prompt or, of several processes, to its own `rows` of them; at temperature
+    0, the likeliest tokens. An encoder's prompts are cut to max_length. Returns the batch, input_ids and
+    attention_mask (batch, prompt), responses and mask (batch, response), and the responses as texts."""
     from transformers import GenerationConfig
 
     decoder = not policy.config.is_encoder_decoder
     side = dict(padding_side="left", truncation=False) if decoder else {}
-    batch = tokens_of(tokenizer, prompts, None if decoder else max_length, policy.device, **side)
+    tokens = tokens_of(tokenizer, prompts, None if decoder else max_length, policy.device, **side)
+    batch = {name: tensor[rows] for name, tensor in tokens.items()}
+    uniform = torch.rand(response_length, len(prompts), 1, device=policy.device)[:, rows]
     before = batch["input_ids"] if decoder else batch["input_ids"][:, :0]
     lengths, most = batch["attention_mask"].sum(1), max_positions(policy) - response_length
     if decoder and not 1 <= lengths.min() <= lengths.max() <= most:
@@ -387,13 +399,14 @@ def respond(policy, tokenizer, prompts, response_length, temperature=1.0, shorte
     start = before.shape[1] + (not decoder)
 
     def drawn(tokens, scores):  # (batch, so far), (batch, vocab)
-        forbid(scores.unsqueeze(1), policy, shortest, tokens.shape[1] - start)
+        place = tokens.shape[1] - start
+        forbid(scores.unsqueeze(1), policy, shortest, place)
         if not temperature:
             return scores
         # By inverse CDF, many times faster than torch.multinomial over a real vocabulary.
         cumulative = (scores.float() / temperature).softmax(-1).cumsum(-1)
-        uniform = torch.rand(len(scores), 1, device=scores.device) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, uniform, right=True).clamp(max=scores.shape[1] - 1)
+        tokens = torch.searchsorted(cumulative, uniform[place] * cumulative[:, -1:], right=True)
+        tokens = tokens.clamp(max=scores.shape[1] - 1)
         return torch.zeros_like(scores).scatter_(1, tokens, 1.0)  # so that generate() takes these
 
     settings = GenerationConfig(max_new_tokens=response_length, do_sample=False, num_beams=1)
@@ -450,36 +463,42 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
 
     for update in run.updates():
         # 1. Sample a response to each prompt
-        prompts = prompts_of(task, update, config, run.accelerator)
-        batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
+        prompts = prompts_of(task, update, config)
+        batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling, rows=run.rows)
+        prompts = prompts[run.rows]  # this process's
 
         # 2. Score: a reward for the response, a KL penalty for each of its tokens
         scores = torch.as_tensor(task.reward(prompts, texts), dtype=torch.float32).detach()
         scores = scores.to(model.policy.device).reshape(len(prompts))  # one each
         with torch.no_grad():
             logprobs, values, _ = model(batch)  # (batch, response)
-        stats = dict(train_reward=scores.mean(), entropy=-masked_mean(logprobs, batch["mask"]))
         ref_logprobs = logprobs
         if run.kl_coef:
             ref_logprobs = reference_logprobs(model, elastic.by_name(reference), batch)
+        batch |= dict(scores=scores, logprobs=logprobs, values=values, ref_logprobs=ref_logprobs)
+        batch = run.gathered(batch)  # from here on each process has all rows
+        logprobs, ref_logprobs, mask = batch["logprobs"], batch["ref_logprobs"], batch["mask"]
+        rewards = shape_rewards(batch["scores"], logprobs, ref_logprobs, mask, run.kl_coef)
+        stats = dict(train_reward=batch["scores"].mean(), entropy=-masked_mean(logprobs, mask))
+        if run.kl_coef:
             stats |= dict(train_kl=(logprobs - ref_logprobs).sum(1).mean(), kl_coef=run.kl_coef)
-        rewards = shape_rewards(scores, logprobs, ref_logprobs, batch["mask"], run.kl_coef)
         stats = run.mean_over_processes(stats)
 
         # 3. Advantages
-        advantages, returns = gae(rewards, values, batch["mask"], config.gamma, config.lam)
-        advantages = whiten(advantages, batch["mask"], run.accelerator.reduce)
-        batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
+        advantages, returns = gae(rewards, batch["values"], mask, config.gamma, config.lam)
+        batch |= dict(advantages=whiten(advantages, mask), returns=returns)
 
         # 4. PPO epochs over minibatches, which are rows of the batch in a random order
         for _epoch in range(config.num_ppo_epochs):
-            for rows in torch.randperm(len(prompts)).split(run.rows_per_step):
-                minibatch = {name: tensor[rows] for name, tensor in batch.items()}
+            for rows in torch.randperm(config.batch_size).split(config.mini_batch_size or config.batch_size):
+                minibatch = {name: tensor[rows[run.rows]] for name, tensor in batch.items()}
                 minibatch_stats = ppo_backward(model, minibatch, config, run.accelerator)  # fills each p.grad
+                if hasattr(task, "backward"):  # another loss beside PPO's
+                    minibatch_stats |= task.backward(len(rows))
                 minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
                 stats |= run.mean_over_processes(minibatch_stats)  # the last minibatch's stay
             if config.ema_update == "epoch":
-                elastic.update()
+                run.timed(elastic.update)
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         if hasattr(task, "learn"):  # in translation, the receiver
@@ -490,13 +509,13 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
         if config.ema_update == "update":
-            elastic.update()
+            run.timed(elastic.update)
 
         # 6. Reset: policy <- EMA, EMA <- start. (5 and 6 are elastic.step(), in two to evaluate in between.)
         resets = config.reset != "none" and update % config.reset_every == 0
         if resets:
             run.log(evaluate(task, model, elastic, config), "before reset", stats)
-            elastic.reset()
+            run.timed(elastic.reset)
 
         # 7. Evaluate and log
         if resets or update % config.eval_every == 0 or update == config.updates:
@@ -526,15 +545,14 @@ def adamw(*groups):
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def prompts_of(task, update, config, accelerator):
-    """This process's prompts of an update. They and torch's seed, set here, depend on the update's number
-    alone, so that a resumed run goes on as if it had not been interrupted."""
-    seed, n = config.seed * 1_000_003 + update, accelerator.num_processes
-    torch.manual_seed(seed * n % (2**32 - n) + accelerator.process_index)
+def prompts_of(task, update, config):
+    """The prompts of an update. They and torch's seed, set here, depend on the update's number alone, so that
+    a resumed run goes on as if it had not been interrupted, and all processes draw the same numbers."""
+    torch.manual_seed((config.seed * 1_000_003 + update) % (2**32 - 1))
     prompts = list(task.prompts(config.batch_size, update))
     if len(prompts) != config.batch_size:
         raise ValueError(f"prompts() gave {len(prompts)}; expected {config.batch_size} (batch_size)")
-    return prompts[accelerator.process_index :: n]
+    return prompts
 
 
 def ppo_backward(model, minibatch, config, accelerator):
@@ -591,8 +609,9 @@ class Task(Protocol):
     """What train() needs of a task; write your own and call train(config, task=MyTask(...)).
 
     `policy`: a transformers model with generate(). `trained`: what else learns, modules and optimizers by
-    name, for the checkpoints. Optional: `learn(prompts, responses)`, called once the policy is updated; it
-    returns numbers to log. `footnote`, printed at the end."""
+    name, for the checkpoints. Optional: `learn(prompts, responses)`, called once the policy is updated, and
+    `backward(n)`, which adds to the gradient of a minibatch of n responses; both return numbers to log.
+    `footnote`, printed at the end."""
 
     policy: nn.Module
     tokenizer: object
@@ -642,7 +661,8 @@ class TranslationGame:
 
     def learn(self, prompts, responses):
         german = [self.german[french] for french in prompts]
-        loss = likelihood_loss(*self.receiver, responses, german, self.config.max_length)
+        logprobs, mask = target_logprobs(*self.receiver, responses, german, self.config.max_length)
+        loss = -logprobs.sum() / self.accelerator.reduce(mask.sum().float(), "mean")  # of all processes
         self.accelerator.backward(loss)
         stats = optimizer_step(self.receiver[0], self.optimizer, self.config, self.accelerator)
         return dict(receiver_loss=loss.item(), receiver_gradient=stats["gradient"])
@@ -1005,10 +1025,13 @@ def chunks(*lists, size=128):
 
 def shuffled(items, n, update, seed):
     """The n items of an update (from 1 on) in an endless run through `items`, each pass in a new order."""
-    total, places = len(items), range((update - 1) * n, update * n)
-    passes = {i // total for i in places}
-    orders = {number: random.Random(f"{seed} {number}").sample(range(total), total) for number in passes}
-    return [items[orders[i // total][i % total]] for i in places]
+    places = range((update - 1) * n, update * n)
+    return [items[order(len(items), seed, i // len(items))[i % len(items)]] for i in places]
+
+
+@functools.lru_cache(maxsize=4)
+def order(n, seed, number):
+    return random.Random(f"{seed} {number}").sample(range(n), n)
 
 
 def tokens_of(tokenizer, texts, max_length, device, **settings):
@@ -1129,6 +1152,8 @@ def load_model(role, name, kind, config, longest=0, **settings):
     try:
         model, found = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name, **settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if hasattr(model, "peft_config"):
+            raise ValueError("it is an adapter; merge it into its model first (merge_and_unload)")
         if found["missing_keys"] and (longest or kind != "SequenceClassification"):  # else a head to train
             raise ValueError(f"{min(found['missing_keys'])} is not trained")
         if max_positions(model) < longest:
@@ -1674,7 +1699,7 @@ def toy_problem(function, prompt, begun=""):
 class Run:
     """A run's folder, log, checkpoints and progress. Of several processes the main one writes."""
 
-    COUNTERS = ("update", "kl_coef", "history", "samples")
+    COUNTERS = ("update", "kl_coef", "history", "samples", "averaging")
 
     def __init__(self, config):
         self.config, self.accelerator = config, processes()
@@ -1684,10 +1709,10 @@ class Run:
         self.accelerator.wait_for_everyone()
         if config.batch_size % n or config.mini_batch_size % n:
             raise ValueError(f"batch_size and mini_batch_size must be multiples of the {n} processes")
-        self.rows_per_step = (config.mini_batch_size or config.batch_size) // n
+        self.rows = slice(self.accelerator.process_index, None, n)  # of a batch, this process's share
         self.checkpoints = [self.folder / "checkpoint" / name for name in ("state.pt", "previous.pt")]
         self.update, self.kl_coef, self.history, self.samples = 0, config.kl_coef, [], []
-        self.began, self.stop, self.bar = time.perf_counter(), 0, None
+        self.averaging, self.began, self.stop, self.bar = 0.0, time.perf_counter(), 0, None
 
     def begin(self, parts):
         """Names the parts that checkpoints hold; when resuming, fills them from the last whole one."""
@@ -1718,7 +1743,8 @@ class Run:
                 raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Optimizer) and saved["parts"][name]["state"]:
+            stepped = saved["parts"][name].get("state") or name == "optimizer" and self.config.num_ppo_epochs
+            if isinstance(part, torch.optim.Optimizer) and stepped:
                 for p in [p for group in part.param_groups for p in group["params"]]:
                     p.grad = torch.zeros_like(p)
                 part.step()  # along a gradient of 0, for the slots that are to be compared
@@ -1772,6 +1798,24 @@ class Run:
             stopped.signum = self.stop or signal.SIGTERM  # of another process
             raise stopped
 
+    def timed(self, work):
+        """Does some work of the averages, and counts its seconds."""
+        began = time.perf_counter()
+        work()
+        self.averaging += time.perf_counter() - began
+
+    def gathered(self, batch):
+        """A batch of this process's rows as that of all processes, in the order of the prompts."""
+        from accelerate.utils import pad_across_processes
+
+        n, gather = self.accelerator.num_processes, self.accelerator.gather
+        if n == 1:
+            return batch
+        whole = {
+            name: gather(pad_across_processes(x, dim=1) if x.dim() > 1 else x) for name, x in batch.items()
+        }
+        return {name: torch.stack(x.chunk(n), 1).flatten(0, 1) for name, x in whole.items()}
+
     def mean_over_processes(self, stats):
         """{name: number}, the mean over the processes. FloatingPointError if one is not finite."""
         values = torch.tensor([float(value) for value in stats.values()], device=self.accelerator.device)
@@ -1809,7 +1853,10 @@ class Run:
             print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
             for name in [name for name in [*start][3:] if name in end]:  # after update, event, seconds
                 print(f"{name:<10}{start[name]:>10.3f}   {end[name]:.3f}")
-            print(f"resets: {elastic.resets}; averages: {elastic.backend}; {getattr(task, 'footnote', '')}")
+            share = (
+                f"{elastic.backend}, {self.averaging / (time.perf_counter() - self.began):.2%} of the time"
+            )
+            print(f"resets: {elastic.resets}; averages: {share}; {getattr(task, 'footnote', '')}")
             print(f"{self.folder}:", *sorted(p.name + "/" * p.is_dir() for p in self.folder.glob("[!.]*")))
             self.lock.release()
         return dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
@@ -1827,7 +1874,8 @@ def claim(folder, config):
             raise ValueError("it holds other files")
         if links := [path.name for path in found if path.is_symlink()]:
             raise ValueError(f"it holds a link, {links[0]}, to where other files may be")
-        texts = [text for name, text in now.items() if isinstance(text, str) and name != "output_dir"]
+        texts = [now[name] for name in now if name.endswith(("model", "data", "programs"))]
+        texts = [text for text in texts if isinstance(text, str)]
         for text in filter(None, texts + now["sender_data"] + now["receiver_data"]):
             path = Path(name_and_split(text)[0]).resolve()
             if path.exists() and path.is_relative_to(folder.resolve()):

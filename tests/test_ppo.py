@@ -127,22 +127,6 @@ def test_whiten_looks_at_unmasked_tokens_only():
     assert torch.equal(white, whiten(torch.where(mask, x, 1e6), mask))
 
 
-def test_processes_whiten_as_one():
-    """Each has some of the rows and, as accelerator.reduce() would give it, the sum over all."""
-    mask, sums = random_mask(), []
-    x = torch.randn(5, 7) * 3 + 2
-
-    def one_process(part):
-        sums.append(part)
-        return part
-
-    whole = whiten(x, mask, one_process)
-    for rows in (slice(2), slice(2, 5)):
-        reduced = iter(sums)
-        part = whiten(x[rows], mask[rows], lambda part, reduced=reduced: next(reduced))
-        torch.testing.assert_close(part, whole[rows])
-
-
 def old_batch(mask, logprobs=None):
     names = ("logprobs", "values", "advantages", "returns")
     old = {name: torch.randn(mask.shape) * mask for name in names} | dict(mask=mask)
