@@ -493,8 +493,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
             for rows in torch.randperm(config.batch_size).split(config.mini_batch_size or config.batch_size):
                 minibatch = {name: tensor[rows[run.rows]] for name, tensor in batch.items()}
                 minibatch_stats = ppo_backward(model, minibatch, config, run.accelerator)  # fills each p.grad
-                if hasattr(task, "backward"):  # another loss beside PPO's
-                    minibatch_stats |= task.backward(len(rows))
+                minibatch_stats |= task.backward(len(rows)) if hasattr(task, "backward") else {}
                 minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
                 stats |= run.mean_over_processes(minibatch_stats)  # the last minibatch's stay
             if config.ema_update == "epoch":
