@@ -905,8 +905,9 @@ class Config:
             fine = isinstance(value, types) and (f.type is bool or not isinstance(value, bool))
             fine = fine and (low is None or low <= value <= high) and (not words or value in words)
             if not fine:
+                expected = KINDS.get(f.type) or ", ".join(words)
                 limits = "" if low is None else f" from {low} to {high:,}"
-                raise ValueError(f"{f.name} is {value!r}; expected {KINDS.get(f.type, words)}{limits}")
+                raise ValueError(f"{f.name} is {value!r}; expected {expected}{limits}")
             if self.task in TASKS and self.task not in tasks_of(f) and value not in (f.default, []):
                 raise ValueError(f"{f.name} is a setting of {', '.join(tasks_of(f))}, not of {self.task}")
         for name, most in SHORTER.items():
