@@ -26,8 +26,8 @@ Copy it:  ElasticReset needs torch alone and asks for one line in a training loo
           section 1 by itself, put before it: import contextlib, itertools, torch; from torch import nn;
           ema_kernel = None.
 
-Sections: 1 Elastic Reset, 2 PPO, 3 Training, 4 Tasks, 5 Settings, 6 Models and data, 7 Three small worlds,
-8 Files and command line, 9 Other people's trainers. The algorithm is complete at the end of section 3.
+Sections: 1 Elastic Reset, 2 PPO, 3 Training (the algorithm is complete here), 4 Tasks, 5 Settings, 6 Models
+and data, 7 Three small worlds, 8 Files and command line, 9 Other people's trainers.
 """
 
 import argparse
@@ -79,47 +79,33 @@ class ElasticReset:
         ...
         elastic.step()  # after every PPO update or, in other training, after every optimizer.step()
 
-    `model` is a module or an iterable of parameters. As an optimizer does, it holds those that have
-    `requires_grad` now, tied ones once, and never moves or replaces them: make it where you make the
-    optimizer, after adapters and `fully_shard`. Frozen parameters and buffers are left alone.
+    `model` is a module (with FSDP2 the root) or an iterable of parameters. As an optimizer does, it holds
+    those that have `requires_grad` now, tied ones once, and never moves or replaces them: make it where you
+    make the optimizer, after adapters and `fully_shard`. Of a DTensor each rank averages its own shard.
 
     `ema` and `init` are lists of tensors shaped like `params`: float32 (float64 for float64), because a
-    bfloat16 average with decay 0.995 would be rounded back to where it was. They are views of one flat buffer
-    each per dtype of the policy, and follow the parameters to another device or dtype. `backend` is "rust" if
-    the extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
-    own; else "foreach", torch's operations on lists. Each rank averages its own shard of a DTensor (FSDP2:
-    give it the root module, so that whole copies of parameters that are kept between passes can be dropped).
-
-    Raises ValueError for a decay outside [0, 1], a reset_every below 1, an unknown reset or a model with
-    nothing to train; TypeError for an item that is not a dense parameter.
+    bfloat16 average with decay 0.995 would be rounded back to where it was. `backend` is "rust" if the
+    extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
+    own; else "foreach", torch's operations on lists.
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay is {decay}; expected a number from 0 to 1, such as 0.995")
-        if reset_every < 1 or reset_every != int(reset_every):
-            raise ValueError(f"reset_every is {reset_every}; expected a whole number of updates, 1 or more")
-        if reset not in RESET_RULES:
-            raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
-        self.decay, self.reset_every, self.rule, names = decay, int(reset_every), reset, {}
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        self._fsdp = [module for module in modules if hasattr(module, "reshard")]
+        if not 0 <= decay <= 1 or reset_every not in range(1, 10**18) or reset not in RESET_RULES:
+            settings = f"decay {decay}, reset_every {reset_every}, reset {reset!r}"
+            raise ValueError(f"{settings}; expected 0 to 1, 1 or more, one of {', '.join(RESET_RULES)}")
+        self.decay, self.reset_every, self.rule = decay, int(reset_every), reset
+        whole, names = isinstance(model, nn.Module), {}
+        self._fsdp = [module for module in model.modules() if hasattr(module, "reshard")] if whole else []
         self._drop_whole_copies()
-        for name, p in model.named_parameters() if isinstance(model, nn.Module) else enumerate(model):
-            if not isinstance(p, torch.Tensor) or not p.is_leaf:
-                raise TypeError(f"expected a module or its parameters, but item {name} is neither")
-            if not p.requires_grad:
-                continue
-            if p.is_meta or p.layout != torch.strided or p.element_size() < 2:
-                what = f"{p.dtype}, {p.layout}, on {p.device}"
-                raise TypeError(
-                    f"parameter {name} is {what}; expected a dense one in memory, 16 bits or wider"
-                )
-            names.setdefault(p, str(name))
+        for name, p in model.named_parameters() if whole else enumerate(model):
+            if p.requires_grad and (p.is_meta or p.layout != torch.strided or p.element_size() < 2):
+                raise TypeError(f"parameter {name} is not a dense one in memory of 16 bits or more")
+            if p.requires_grad:
+                names.setdefault(p, str(name))
         if not names:
             raise ValueError("no parameter has requires_grad=True, so there is nothing to average or reset")
         self.params, self.names = list(names), list(names.values())
-        self.ema, self.init = ([local(p) for p in self.params] for _ in range(2))  # _lay_out() copies them
+        self.ema, self.init = ([local(p) for p in self.params] for _ in range(2))  # _follow() copies them
         self.updates = self.resets = 0
         self._places = None
         self._follow()
@@ -164,8 +150,7 @@ class ElasticReset:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Within `with elastic.averaged():` the policy has the EMA's weights, to be evaluated or saved. After
-        it, and after an exception, the policy has its own again."""
+        """Within `with elastic.averaged():` the policy has the EMA's weights, to be evaluated or saved."""
         self._follow()
         policy = [local(p) for p in self.params]
         own = [p.clone() for p in policy]
@@ -182,63 +167,69 @@ class ElasticReset:
         return {n: w.to(p.dtype) for n, p, w in zip(self.names, self.params, weights, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """`ema.<name>`, `init.<name>` and the counters `updates`, `resets`, all tensors, DTensors where the
-        parameters are. They are live, as in torch.optim: clone what must not change with the next update."""
+        """`ema.<name>`, `init.<name>`, `updates`, `resets`: tensors, DTensors where the parameters are. They
+        are live, as in torch.optim: clone what must not change with the next update."""
         self._follow()
         state = {"updates": torch.tensor(self.updates), "resets": torch.tensor(self.resets)}
         for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
-            state |= {f"ema.{name}": shard_like(p, ema), f"init.{name}": shard_like(p, init)}
+            state |= {f"ema.{name}": as_dtensor(p, ema), f"init.{name}": as_dtensor(p, init)}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copies a state_dict() in; full tensors will do where this one has DTensors. Raises ValueError, with
-        nothing changed, if a name, a shape or a dtype differs."""
+        """Copies a state_dict() in; full tensors will do for DTensors. ValueError, with nothing changed, if a
+        name, a shape or a dtype differs."""
         own = self.state_dict()
-        for name in sorted(own.keys() | state.keys()):
-            if name not in own or layout(state.get(name)) != layout(own[name]):
-                raise ValueError(f"not this policy's state: {name!r} is missing, new or of another layout")
+        compare_layout(own, dict(state), "not this policy's state: it")
         for name, tensor in own.items():
-            tensor.copy_(split_like(tensor, state[name]))
+            tensor.copy_(as_dtensor(tensor, state[name], whole=True))
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
 
     def _drop_whole_copies(self) -> None:
-        """FSDP2 may keep the whole parameters that it has gathered for a forward pass, and the next one would
-        not see what has been written to the shards."""
+        """FSDP2 may keep whole parameters between passes, which would not see what the shards become."""
         for module in self._fsdp:
             module.reshard()
 
-    def _follow(self) -> None:
-        """Keeps the averages where the parameters are: `.to()` moves those, or changes their precision."""
-        places = [p.data_ptr() or local(p).data_ptr() for p in self.params]  # a DTensor's own is 0
-        if places != self._places:
-            self._lay_out()
-            self._places = places
-
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _lay_out(self) -> None:
-        """Lays ema and init out in flat buffers, one each per dtype and device of the policy. For the kernel
-        it keeps these, and the parameters' own memory, as flat arrays."""
-        policy, groups, self._flat = [local(p) for p in self.params], {}, []
+    def _follow(self) -> None:
+        """Lays ema and init out anew where the parameters are, which `.to()` may have moved: in flat buffers,
+        one each per dtype and device. For the kernel it keeps these and the parameters as flat arrays."""
+        places = [p.data_ptr() or local(p).data_ptr() for p in self.params]  # a DTensor's own is 0
+        if places == self._places:
+            return
+        policy, groups = [local(p) for p in self.params], {}
+        self._places, self._flat = places, []
         ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in policy if p.numel())
         apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
-        takes = apart and all(map(kernel_takes, self.params))
+        takes = ema_kernel is not None and apart
+        for p in self.params:
+            takes &= p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+            takes &= p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_contiguous()
+            takes &= p.data_ptr() % p.element_size() == 0
         for i, p in enumerate(policy):
             groups.setdefault((p.device, p.dtype), []).append(i)
         for (device, dtype), members in groups.items():
             sizes, wide = [policy[i].numel() for i in members], torch.promote_types(dtype, torch.float32)
-            flat_ema, flat_init = (torch.empty(sum(sizes), dtype=wide, device=device) for _ in range(2))
-            for flat, averages in ((flat_ema, self.ema), (flat_init, self.init)):
+            arrays = [[as_array(policy[i].view(-1)) for i in members]] if takes else []
+            for averages in (self.ema, self.init):
+                flat = torch.empty(sum(sizes), dtype=wide, device=device)
                 for i, part in zip(members, flat.split(sizes), strict=True):
                     averages[i] = part.view(policy[i].shape).copy_(averages[i])
-            if takes:
-                policies = [as_array(policy[i].view(-1)) for i in members]
-                self._flat.append((policies, as_array(flat_ema), as_array(flat_init)))
+                arrays += [as_array(flat)] if takes else []
+            self._flat += [arrays] if takes else []
 
 
-def layout(tensor):
-    return getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
+def compare_layout(own, other, place):
+    """ValueError unless both have the same names, types, shapes and dtypes, at every depth."""
+    kinds = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in (own, other)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{place} is missing, unknown or of another type, shape or dtype")
+    if isinstance(own, list) and own:  # a new run's lists are empty
+        own, other = dict(enumerate(own)), dict(enumerate(other))
+    if isinstance(own, dict):
+        for name in [*own, *other]:
+            compare_layout(own.get(name), other.get(name), f"{place}[{name!r}]")
 
 
 def local(p):
@@ -246,30 +237,16 @@ def local(p):
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
-def shard_like(p, average):
-    """The average of a DTensor's shard as a DTensor like it; of another parameter as it is."""
-    if not hasattr(p, "to_local"):
-        return average
-    from torch.distributed.tensor import DTensor
-
-    shape = dict(shape=p.shape, stride=p.stride())
-    return DTensor.from_local(average, p.device_mesh, p.placements, run_check=False, **shape)
-
-
-def split_like(own, tensor):
-    """A full tensor as a DTensor like `own`, if that is one; any other as it is."""
-    if not hasattr(own, "to_local") or hasattr(tensor, "to_local"):
+def as_dtensor(p, tensor, whole=False):
+    """This rank's shard of a tensor, or the whole one, as a DTensor like p; as it is where p is none."""
+    if not hasattr(p, "to_local") or hasattr(tensor, "to_local"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(tensor, own.device_mesh, own.placements)
-
-
-def kernel_takes(p):
-    """Whether the extension is built and is made for parameters like this one."""
-    known = p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    plain = p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_contiguous()
-    return ema_kernel is not None and known and plain and p.data_ptr() % p.element_size() == 0
+    if whole:
+        return distribute_tensor(tensor, p.device_mesh, p.placements)
+    shape = dict(shape=p.shape, stride=p.stride())
+    return DTensor.from_local(tensor, p.device_mesh, p.placements, run_check=False, **shape)
 
 
 def as_array(flat):
@@ -297,10 +274,9 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Advantages and returns, both (batch,
-    response); the state after the last token is worth 0."""
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Both results: (batch, response)."""
     advantages, advantage = torch.zeros_like(rewards), 0.0
-    next_values = F.pad(values * mask, (0, 1))[:, 1:]
+    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # after the last token 0
     # delta_t = r_t + gamma V_{t+1} - V_t;    A_t = delta_t + gamma lam A_{t+1}
     deltas = (rewards + gamma * next_values - values) * mask
     for t in reversed(range(rewards.shape[1])):
@@ -313,12 +289,11 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 
-def whiten(x, mask, total=lambda part: part):
-    """Mean 0 and (unbiased) variance 1 over the unmasked tokens. `total`: sums over processes."""
-    tokens = total(mask.sum())
-    mean = total((x * mask).sum()) / tokens
-    variance = total(((x - mean).square() * mask).sum()) / (tokens - 1).clamp(min=1)
-    return (x - mean) * (variance + 1e-8).rsqrt() * mask
+def whiten(x, mask):
+    """Mean 0 and (unbiased) variance 1 over the unmasked tokens."""
+    centred = (x - masked_mean(x, mask)) * mask
+    variance = centred.square().sum() / (mask.sum() - 1).clamp(min=1)
+    return centred * (variance + 1e-8).rsqrt()
 
 
 def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_value, vf_coef, entropy_coef):
@@ -336,17 +311,16 @@ def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_val
     value_loss = 0.5 * masked_mean(errors, mask)
     # L = L_policy + c_v L_value - c_e H
     loss = policy_loss + vf_coef * value_loss - entropy_coef * masked_mean(entropy, mask)
-    policy_kl, clipfrac = 0.5 * masked_mean(log_ratio.square(), mask), masked_mean(ratio != clipped, mask)
     watch = dict(loss=loss, policy_loss=policy_loss, value_loss=value_loss)
-    watch |= dict(policy_kl=policy_kl, clipfrac=clipfrac)
+    watch["policy_kl"] = 0.5 * masked_mean(log_ratio.square(), mask)
+    watch["clipfrac"] = masked_mean(ratio != clipped, mask)
     return loss, {name: value.item() for name, value in watch.items()}
 
 
 class ActorCritic(nn.Module):
     """The policy with a value function: a linear head on the policy's last hidden state or, as a
-    `separate_value_model`, on that of a copy. The head starts at zero: without a value loss (vf_coef 0, as in
-    REINFORCE) every value is and stays 0. The policy acts at `temperature` and ends no response before its
-    `shortest` length."""
+    `separate_value_model`, on that of a copy. The head starts at zero, and without a value loss (vf_coef 0)
+    stays there. The policy acts at `temperature` and ends no response before its `shortest` length."""
 
     def __init__(self, policy, temperature=1.0, separate_value_model=False, shortest=0):
         super().__init__()
@@ -354,21 +328,15 @@ class ActorCritic(nn.Module):
         self.value = nn.ModuleDict()
         if separate_value_model:
             whole = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # of an adapter
-            if whole.base_model is whole:
-                raise ValueError(f"separate_value_model is not made for {type(whole).__name__}")
             self.value["model"] = copy.deepcopy(whole.base_model)  # without the output layer
         self.value["head"] = nn.Linear(policy.get_output_embeddings().in_features, 1, device=policy.device)
-        nn.init.zeros_(self.value["head"].weight)
-        nn.init.zeros_(self.value["head"].bias)
+        for p in self.value["head"].parameters():
+            nn.init.zeros_(p)
 
     def forward(self, batch, with_entropy=False, with_values=True):
         """The responses' log-probabilities, values and, if asked for, entropies, (batch, response); 0 where
-        masked.
-
-        The scores that generate() returns are of no use here, because they are computed in another way (a
-        token at a time, cached), so that ratio_t would not start at 1, and have no gradient. The temperature
-        is the one sampled at, because that distribution is the policy that acted.
-        """
+        masked. (generate()'s scores will not do: computed a token at a time, they would not give the same
+        numbers, so that ratio_t would not start at 1.)"""
         responses, mask = batch["responses"], batch["mask"]
         inputs = response_inputs(self.policy, batch["input_ids"], batch["attention_mask"], responses)
         logits, hidden = logits_and_states(self.policy, inputs, responses.shape[1])
@@ -379,16 +347,16 @@ class ActorCritic(nn.Module):
         # H = - sum_a pi(a) log pi(a)
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if with_entropy else torch.zeros_like(logprobs)
         if "model" in self.value and with_values:
-            whole = self.value["model"](**inputs, use_cache=False).last_hidden_state
-            hidden = whole[:, -responses.shape[1] :]
+            whole = self.value["model"](**inputs, use_cache=False)
+            hidden = whole.last_hidden_state[:, -responses.shape[1] :]
         values = self.value["head"](hidden.float()).squeeze(-1)
         return [torch.where(mask, x, 0.0) for x in (logprobs, values, entropy)]
 
 
 @torch.no_grad()
 def reference_logprobs(model, weights, batch):
-    """The responses' log-probabilities under other weights {name: tensor} of the policy. The KL penalty's
-    reference is made of weights that ElasticReset keeps anyway, not of another model. (batch, response)"""
+    """The responses' log-probabilities under other weights {name: tensor} of the policy, (batch, response).
+    The KL penalty's reference is weights that ElasticReset keeps anyway, not another model."""
     weights = {f"policy.{name}": tensor for name, tensor in weights.items()}
     return torch.func.functional_call(model, weights, (batch,), dict(with_values=False))[0]
 
@@ -396,9 +364,7 @@ def reference_logprobs(model, weights, batch):
 @torch.no_grad()
 def forbid(logits, policy, shortest=0, first=0):
     """Masks in logits (batch, n, vocab), in place, the tokens that are never sampled: padding, and EOS among
-    the first `shortest` of a response. The n begin at its place `first`. Sampling and scoring both use this.
-    A masked token has probability 0 and so gets no gradient, which is why none is recorded here."""
-    # set_plain_generation() has made eos a list.
+    the first `shortest` of a response. The n begin at its place `first`. Sampling and scoring use this."""
     eos, pad = policy.generation_config.eos_token_id, policy.generation_config.pad_token_id
     if pad not in eos:  # some models pad with their EOS
         logits[..., pad] = -1e9
@@ -406,15 +372,26 @@ def forbid(logits, policy, shortest=0, first=0):
 
 
 @torch.no_grad()
-def respond(policy, tokenizer, prompts, response_length, temperature=1.0, shortest=0, max_length=None):
-    """Samples a response to each prompt from the policy's own distribution, or takes the likeliest tokens at
-    temperature 0. An encoder's prompts are cut to max_length. Returns the batch, input_ids and attention_mask
-    (batch, prompt), responses and mask (batch, response), and the responses as texts."""
+def respond(
+    policy,
+    tokenizer,
+    prompts,
+    response_length,
+    temperature=1.0,
+    shortest=0,
+    max_length=None,
+    rows=slice(None),
+):
+    """Samples a response to each prompt or, of several processes, to its own `rows` of them; at temperature
+    0, the likeliest tokens. An encoder's prompts are cut to max_length. Returns the batch, input_ids and
+    attention_mask (batch, prompt), responses and mask (batch, response), and the responses as texts."""
     from transformers import GenerationConfig
 
     decoder = not policy.config.is_encoder_decoder
     side = dict(padding_side="left", truncation=False) if decoder else {}
-    batch = tokens_of(tokenizer, prompts, None if decoder else max_length, policy.device, **side)
+    tokens = tokens_of(tokenizer, prompts, None if decoder else max_length, policy.device, **side)
+    batch = {name: tensor[rows] for name, tensor in tokens.items()}
+    uniform = torch.rand(response_length, len(prompts), 1, device=policy.device)[:, rows]
     before = batch["input_ids"] if decoder else batch["input_ids"][:, :0]
     lengths, most = batch["attention_mask"].sum(1), max_positions(policy) - response_length
     if decoder and not 1 <= lengths.min() <= lengths.max() <= most:
@@ -422,13 +399,14 @@ def respond(policy, tokenizer, prompts, response_length, temperature=1.0, shorte
     start = before.shape[1] + (not decoder)
 
     def drawn(tokens, scores):  # (batch, so far), (batch, vocab)
-        forbid(scores.unsqueeze(1), policy, shortest, tokens.shape[1] - start)
+        place = tokens.shape[1] - start
+        forbid(scores.unsqueeze(1), policy, shortest, place)
         if not temperature:
             return scores
         # By inverse CDF, many times faster than torch.multinomial over a real vocabulary.
         cumulative = (scores.float() / temperature).softmax(-1).cumsum(-1)
-        uniform = torch.rand(len(scores), 1, device=scores.device) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, uniform, right=True).clamp(max=scores.shape[1] - 1)
+        tokens = torch.searchsorted(cumulative, uniform[place] * cumulative[:, -1:], right=True)
+        tokens = tokens.clamp(max=scores.shape[1] - 1)
         return torch.zeros_like(scores).scatter_(1, tokens, 1.0)  # so that generate() takes these
 
     settings = GenerationConfig(max_new_tokens=response_length, do_sample=False, num_beams=1)
@@ -442,8 +420,7 @@ def respond(policy, tokenizer, prompts, response_length, temperature=1.0, shorte
 
 
 def response_inputs(policy, input_ids, attention_mask, responses):
-    """The model's inputs for prompts (padded on the left for a decoder) and responses. An encoder-decoder
-    differs from a decoder here and in respond()."""
+    """The model's inputs. An encoder-decoder differs from a decoder here and in respond()."""
     if policy.config.is_encoder_decoder:
         start = torch.full_like(responses[:, :1], policy.generation_config.decoder_start_token_id)
         shifted = torch.cat([start, responses[:, :-1]], 1)
@@ -455,8 +432,7 @@ def response_inputs(policy, input_ids, attention_mask, responses):
 
 
 def logits_and_states(policy, inputs, n):
-    """Logits (batch, n, vocab) at the last n positions, in float32, and the hidden states (batch, n, hidden)
-    that they are made of. The output layer computes nothing for the positions before."""
+    """Logits (batch, n, vocab) at the last n positions alone, in float32, and the hidden states below."""
     states = []
 
     def keep_last(output_layer, arguments):
@@ -471,47 +447,53 @@ def logits_and_states(policy, inputs, n):
 
 
 def train(config: "Config", task: "Task | None" = None) -> dict:
-    """Trains and writes the run's files. Returns
-    {"start": metrics, "end": metrics, "history": list of metrics, "output_dir": folder}.
-
-    Raises ValueError for settings, a task or data that cannot be used, FloatingPointError when a reward, a
-    loss or a gradient is not finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
+    """Trains and writes the run's files. Returns {"start": metrics, "end": metrics, "history": list of
+    metrics, "output_dir": folder}. Raises FloatingPointError when a reward, a loss or a gradient is not
+    finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
+    if task is None and config.task not in TASKS:
+        raise ValueError(f"--task is {config.task}; expected one of {', '.join(TASKS)}, or your own")
     run = Run(config)
-    task = checked_task(config, task)
+    task = task or TASKS[config.task](config)
     model, optimizer = actor_critic(task.policy, config, run.accelerator)
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
     reference = elastic.ema if config.kl_reference == "ema" else elastic.init
-    run.begin(dict(model=model, optimizer=optimizer, elastic=elastic) | task.trained)
+    run.begin(dict(model=model, optimizer=optimizer, elastic=elastic, **task.trained))
     if not run.history:
         run.log(evaluate(task, model, elastic, config))
 
     for update in run.updates():
         # 1. Sample a response to each prompt
-        prompts = prompts_of(task, update, config, run.accelerator)
-        batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
+        prompts = prompts_of(task, update, config)
+        batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling, rows=run.rows)
+        prompts = prompts[run.rows]  # this process's
 
         # 2. Score: a reward for the response, a KL penalty for each of its tokens
-        scores = score(task, prompts, texts).to(model.policy.device)  # (batch,)
+        scores = torch.as_tensor(task.reward(prompts, texts), dtype=torch.float32).detach()
+        scores = scores.to(model.policy.device).reshape(len(prompts))  # one each
         with torch.no_grad():
             logprobs, values, _ = model(batch)  # (batch, response)
-        stats = dict(train_reward=scores.mean(), entropy=-masked_mean(logprobs, batch["mask"]))
         ref_logprobs = logprobs
         if run.kl_coef:
             ref_logprobs = reference_logprobs(model, elastic.by_name(reference), batch)
+        batch |= dict(scores=scores, logprobs=logprobs, values=values, ref_logprobs=ref_logprobs)
+        batch = run.gathered(batch)  # from here on each process has all rows
+        logprobs, ref_logprobs, mask = batch["logprobs"], batch["ref_logprobs"], batch["mask"]
+        rewards = shape_rewards(batch["scores"], logprobs, ref_logprobs, mask, run.kl_coef)
+        stats = dict(train_reward=batch["scores"].mean(), entropy=-masked_mean(logprobs, mask))
+        if run.kl_coef:
             stats |= dict(train_kl=(logprobs - ref_logprobs).sum(1).mean(), kl_coef=run.kl_coef)
-        rewards = shape_rewards(scores, logprobs, ref_logprobs, batch["mask"], run.kl_coef)
         stats = run.mean_over_processes(stats)
 
         # 3. Advantages
-        advantages, returns = gae(rewards, values, batch["mask"], config.gamma, config.lam)
-        advantages = whiten(advantages, batch["mask"], run.accelerator.reduce)
-        batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
+        advantages, returns = gae(rewards, batch["values"], mask, config.gamma, config.lam)
+        batch |= dict(advantages=whiten(advantages, mask), returns=returns)
 
         # 4. PPO epochs over minibatches, which are rows of the batch in a random order
         for _epoch in range(config.num_ppo_epochs):
-            for rows in torch.randperm(len(prompts)).split(run.rows_per_step):
-                minibatch = {name: tensor[rows] for name, tensor in batch.items()}
+            for rows in torch.randperm(config.batch_size).split(config.mini_batch_size or config.batch_size):
+                minibatch = {name: tensor[rows[run.rows]] for name, tensor in batch.items()}
                 minibatch_stats = ppo_backward(model, minibatch, config, run.accelerator)  # fills each p.grad
+                minibatch_stats |= task.backward(len(rows)) if hasattr(task, "backward") else {}
                 minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
                 stats |= run.mean_over_processes(minibatch_stats)  # the last minibatch's stay
             if config.ema_update == "epoch":
@@ -519,7 +501,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         if hasattr(task, "learn"):  # in translation, the receiver
-            stats = both(stats, run.mean_over_processes(task.learn(prompts, texts) or {}))
+            stats = dict(**stats, **run.mean_over_processes(task.learn(prompts, texts) or {}))
         if config.kl_target:  # adapt the coefficient within some 10,000 responses (arXiv 1909.08593, 2.2)
             error = min(max(stats["train_kl"] / config.kl_target - 1, -0.2), 0.2)
             run.kl_coef *= 1 + error * config.batch_size / 10_000
@@ -541,15 +523,14 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
 
     if run.history[-1]["update"] < run.update:  # a run that was stopped here, between two evaluations
         run.log(evaluate(task, model, elastic, config))
-    return run.finish(task, elastic)
+    return run.finish(task)
 
 
 def actor_critic(policy, config, accelerator):
     """The policy with its value function, and the optimizer of both."""
     policy.eval()  # no dropout: the ratio of a policy to itself must be 1
     set_plain_generation(policy)
-    shortest = config.min_response_length
-    model = ActorCritic(policy, config.temperature, config.separate_value_model, shortest)
+    model = ActorCritic(policy, config.temperature, config.separate_value_model, config.min_response_length)
     # evaluation_mode: no DDP around it, which would hide the model's parts; optimizer_step() does its work
     model = accelerator.prepare_model(model, evaluation_mode=True)
     rate = config.learning_rate
@@ -563,41 +544,20 @@ def adamw(*groups):
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def prompts_of(task, update, config, accelerator):
-    """This process's prompts of an update. They and the seed set here depend on the update's number alone, so
-    that a resumed run goes on as if it had not been interrupted."""
-    from accelerate.utils import set_seed
-
-    seed = (config.seed * 1_000_003 + update) * accelerator.num_processes
-    set_seed(seed % (2**32 - accelerator.num_processes), device_specific=True)
+def prompts_of(task, update, config):
+    """The prompts of an update. They and torch's seed, set here, depend on the update's number alone, so that
+    a resumed run goes on as if it had not been interrupted, and all processes draw the same numbers."""
+    torch.manual_seed((config.seed * 1_000_003 + update) % (2**32 - 1))
     prompts = list(task.prompts(config.batch_size, update))
-    if len(prompts) != config.batch_size or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts() gave {str(prompts)[:60]}; expected {config.batch_size} str (batch_size)")
-    return prompts[accelerator.process_index :: accelerator.num_processes]
-
-
-def score(task, prompts, texts):
-    """The task's rewards as a tensor, (batch,)."""
-    rewards = task.reward(prompts, texts)
-    try:
-        return torch.as_tensor(rewards, dtype=torch.float32).detach().reshape(len(prompts))
-    except (TypeError, ValueError, RuntimeError) as error:
-        expected = f"a list of {len(prompts)} numbers, one for each response"
-        raise ValueError(f"reward() gave {str(rewards)[:60]}; expected {expected}") from error
-
-
-def both(numbers, more):
-    """The entries of two dictionaries. ValueError if they share a name."""
-    if taken := numbers.keys() & more.keys():
-        raise ValueError(f"two numbers are called {min(taken)!r}: a task's need names of their own")
-    return numbers | more
+    if len(prompts) != config.batch_size:
+        raise ValueError(f"prompts() gave {len(prompts)}; expected {config.batch_size} (batch_size)")
+    return prompts
 
 
 def ppo_backward(model, minibatch, config, accelerator):
-    """The gradient of ppo_loss's mean over the tokens of a minibatch, of all processes, in
-    `gradient_accumulation_steps` parts. Returns the numbers to watch."""
-    names = ("cliprange", "cliprange_value", "vf_coef", "entropy_coef")
-    settings = {name: getattr(config, name) for name in names}
+    """The gradient of ppo_loss, in `gradient_accumulation_steps` parts. Returns the numbers to watch."""
+    clip = dict(cliprange=config.cliprange, cliprange_value=config.cliprange_value)
+    settings = clip | dict(vf_coef=config.vf_coef, entropy_coef=config.entropy_coef)
     tokens, watched = accelerator.reduce(minibatch["mask"].sum().float(), "mean"), {}
     for rows in torch.arange(len(minibatch["mask"])).chunk(config.gradient_accumulation_steps):
         part = {name: tensor[rows] for name, tensor in minibatch.items()}
@@ -628,9 +588,7 @@ def optimizer_step(module, optimizer, config, accelerator):
 @torch.no_grad()
 def evaluate(task, model, elastic, config):
     """The task's metrics and `kl`, the KL to the start in nats per response; always the same seed."""
-    from accelerate.utils import set_seed
-
-    set_seed(0)
+    torch.manual_seed(0)
     responses, kl, start = [], [], elastic.by_name(elastic.init)
     for (prompts,) in chunks(task.validation_prompts):
         batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
@@ -638,9 +596,9 @@ def evaluate(task, model, elastic, config):
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
     metrics = task.evaluate(responses)
-    if not isinstance(metrics, dict) or not {"reward", "drift"} <= metrics.keys():
-        raise ValueError(f"evaluate() gave {str(metrics)[:60]}; expected reward, drift and other numbers")
-    return both(metrics, dict(kl=torch.cat(kl).mean().item()))
+    if not {"reward", "drift"} <= metrics.keys():
+        raise ValueError(f"evaluate() gave {', '.join(metrics)}; expected reward, drift and other numbers")
+    return dict(**metrics, kl=torch.cat(kl).mean().item())
 
 
 # ================================================= 4. Tasks ================================================
@@ -649,16 +607,15 @@ def evaluate(task, model, elastic, config):
 class Task(Protocol):
     """What train() needs of a task; write your own and call train(config, task=MyTask(...)).
 
-    `policy`: a transformers model with generate(). `tokenizer`: its tokenizer. `trained`: what else learns,
-    modules and optimizers by name, for the checkpoints. `footnote`: a line under the run's table. Optional:
-    `learn(prompts, responses)`, called once the policy is updated; it returns numbers to log.
-    """
+    `policy`: a transformers model with generate(). `trained`: what else learns, modules and optimizers by
+    name, for the checkpoints. Optional: `learn(prompts, responses)`, called once the policy is updated, and
+    `backward(n)`, which adds to the gradient of a minibatch of n responses; both return numbers to log.
+    `footnote`, printed at the end."""
 
     policy: nn.Module
     tokenizer: object
     validation_prompts: list[str]
     trained: dict
-    footnote: str
 
     def prompts(self, n: int, update: int) -> list[str]:
         """The prompts of an update. A function of its arguments: a resumed run must see the same data."""
@@ -667,17 +624,15 @@ class Task(Protocol):
         """One finite number per response."""
 
     def evaluate(self, responses: list[str]) -> dict:
-        """Metrics of the policy as it is, all numbers: `reward`, `drift`, others. `responses`: one for each
-        validation prompt, always sampled from the same seed. `samples`, {column: list of texts}, go to
-        samples.md."""
+        """Numbers: `reward`, `drift`, others. `responses`: one for each validation prompt, always sampled
+        from the same seed. `samples`, {column: list of texts}, go to samples.md."""
 
 
 class TranslationGame:
-    """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The sender, our policy, turns French into
-    English, the receiver that English into German. The sender's reward is the receiver's mean log-likelihood
-    per token of the German reference; the receiver learns that German by cross-entropy. Nobody checks the
-    English, so it drifts: `drift` is the human English's negative log-likelihood per token. In the embedded
-    game it is that of sentences whose words the start has right, which can only be unlearned."""
+    """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The reward of the sender, our policy, is the
+    receiver's mean log-likelihood per token of the German reference, which the receiver learns. Nobody checks
+    the English between, so it drifts: `drift` is the human English's negative log-likelihood per token, in
+    the embedded game that of sentences whose words the start has right, which can only be unlearned."""
 
     def __init__(self, config: "Config"):
         self.config, data, kind = config, translation_data(config), "Seq2SeqLM"
@@ -705,7 +660,8 @@ class TranslationGame:
 
     def learn(self, prompts, responses):
         german = [self.german[french] for french in prompts]
-        loss = likelihood_loss(*self.receiver, responses, german, self.config.max_length)
+        logprobs, mask = target_logprobs(*self.receiver, responses, german, self.config.max_length)
+        loss = -logprobs.sum() / self.accelerator.reduce(mask.sum().float(), "mean")  # of all processes
         self.accelerator.backward(loss)
         stats = optimizer_step(self.receiver[0], self.optimizer, self.config, self.accelerator)
         return dict(receiver_loss=loss.item(), receiver_gradient=stats["gradient"])
@@ -729,9 +685,8 @@ class TranslationGame:
 
 
 class MockSentiment:
-    """Continue a film review so that it sounds positive (the paper's section 5; RL4LMs' IMDB task). The
-    reward is a classifier's probability of label 1 for prompt + continuation. `drift` is the perplexity of
-    the continuations under a separate language model, which the policy does not see."""
+    """Continue a film review so that it sounds positive (the paper's section 5; RL4LMs' IMDB task), to a
+    classifier. `drift` is the continuations' perplexity under another language model."""
 
     trained = {}
 
@@ -787,8 +742,8 @@ class MockSentiment:
 
 class TechnicalQA:
     """Answer technical questions as a reward model likes it (the paper's section 6, StackLLaMA). `drift` is
-    the policy's perplexity of held-out human answers; pass@k, on functions that are run against their tests,
-    is the alignment tax. `pass_at_1_elsewhere` measures it on prompts unlike RL's, as HumanEval's are."""
+    the policy's perplexity of human answers; pass@k, of functions that are run, is the alignment tax, which
+    `pass_at_1_elsewhere` measures on prompts unlike RL's, as HumanEval's are."""
 
     trained = {}
 
@@ -857,19 +812,7 @@ TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQ
 # =============================================== 5. Settings ===============================================
 
 
-KINDS = {  # of settings: types of the values, how --help shows one, how a message calls it
-    int: (int, "N", "a whole number, "),
-    float: ((int, float), "X", ""),
-    bool: (bool, "true|false", "true or false"),
-    str: (str, "TEXT", "text"),
-    list[str]: ((list, tuple), "TEXT", "a list of texts"),
-}
-
-
-def kind_of(f):
-    """The row of KINDS for a setting; one of several words is shown by these."""
-    words = get_args(f.type)
-    return KINDS.get(f.type) or (str, "|".join(words), ", ".join(words))
+KINDS = {int: "integer", float: "number", bool: "true|false", str: "text", list: "texts"}
 
 
 def tasks_of(f):
@@ -879,15 +822,13 @@ def tasks_of(f):
 
 
 def flag(default, help, low=None, high=10**9, group=None):
-    """A setting with its help, its range and, on the first of a group, the group's title in --help. A help
-    that begins with names of tasks says whose setting it is; others refuse it."""
+    """A setting with its help, its range and, on the first of a group, the group's title in --help."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
 
 
 @dataclass
 class Config:
-    """All settings of a run; configure() makes one of a preset, a method and what the user gave. Raises
-    ValueError for a value of the wrong type or out of its range."""
+    """All settings of a run; configure() makes one of a preset, a method and what the user gave."""
 
     task: str = flag("custom", "what to train: translation, imdb or qa", group="The run")
     method: str = flag("elastic-reset", "a named set of defaults, one of METHODS")
@@ -935,8 +876,8 @@ class Config:
     receiver_model: str = flag("", "translation: hub name or folder of the EN->DE receiver")
     data: str = flag("", "hub name or folder, also DIR:train[9000:]; empty: embedded data")
     validation_data: str = flag("", "held-out rows, as DIR:train[:200]; empty: data's split `validation`")
-    sender_data: list[str] = flag((), "translation: fr, en pairs to pretrain the sender on; several allowed")
-    receiver_data: list[str] = flag((), "translation: en, de pairs to pretrain the receiver on")
+    sender_data: list = flag((), "translation: fr, en pairs to pretrain the sender on; several allowed")
+    receiver_data: list = flag((), "translation: en, de pairs to pretrain the receiver on")
     sft_data: str = flag("", "qa: question, response_j for stage 1; empty: data")
     preference_data: str = flag("", "qa: question, response_j, response_k for stage 2; empty: data")
     programs: str = flag("", "qa: problems in HumanEval's format, to run the model's answers against")
@@ -958,16 +899,16 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            types, _, expected = kind_of(f)
+            value, words = getattr(self, f.name), get_args(f.type)
+            low, high = f.metadata["low"], f.metadata["high"]
+            types = {float: (int, float), list: (list, tuple)}.get(f.type) or (str if words else f.type)
             fine = isinstance(value, types) and (f.type is bool or not isinstance(value, bool))
-            if low is not None:
-                expected += f"{low} to {high}".replace(f" to {10**9}", " or more")
-                fine = fine and low <= value <= high
-            if not fine or f.type not in KINDS and value not in get_args(f.type):
-                raise ValueError(f"{f.name} is {value!r}; expected {expected}")
-            others = self.task in TASKS and self.task not in tasks_of(f)
-            if others and value not in (f.default, [*f.default] if f.type == list[str] else None):
+            fine = fine and (low is None or low <= value <= high) and (not words or value in words)
+            if not fine:
+                expected = KINDS.get(f.type) or ", ".join(words)
+                limits = "" if low is None else f" from {low} to {high:,}"
+                raise ValueError(f"{f.name} is {value!r}; expected {expected}{limits}")
+            if self.task in TASKS and self.task not in tasks_of(f) and value not in (f.default, []):
                 raise ValueError(f"{f.name} is a setting of {', '.join(tasks_of(f))}, not of {self.task}")
         for name, most in SHORTER.items():
             value, limit = getattr(self, name), getattr(self, most)
@@ -981,8 +922,8 @@ class Config:
     @property
     def sampling(self):
         """The settings of respond() that RL samples with."""
-        how = dict(response_length=self.response_length, temperature=self.temperature)
-        return how | dict(shortest=self.min_response_length, max_length=self.max_length)
+        how = dict(shortest=self.min_response_length, max_length=self.max_length)
+        return dict(response_length=self.response_length, temperature=self.temperature, **how)
 
 
 SHORTER = {"min_response_length": "response_length", "mini_batch_size": "batch_size"}
@@ -1051,48 +992,13 @@ PRESETS = {
 
 
 def configure(task="custom", method="elastic-reset", preset="mini", **given) -> Config:
-    """Defaults < the task's preset < the method < `given`. Raises ValueError for what cannot be set."""
+    """Defaults < the task's preset < the method < `given`."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    if unknown := given.keys() - {f.name for f in fields(Config)}:
-        raise ValueError(f"unknown setting {min(unknown)!r}; --help lists them all")
     layers = PRESETS.get(f"{task}/{preset}", {}) | METHODS[method]
     if method in ("ppo-kl", "ema-reference"):
         layers["kl_coef"] = KL_COEFS.get(f"{task}/{preset}", layers.get("kl_coef", 0.0))
     return Config(task, method, preset, **layers | given)
-
-
-def checked_task(config, task):
-    """The task, one's own or of TASKS. ValueError if train() cannot use it."""
-    if task is None and config.task not in TASKS:
-        raise ValueError(f"train() got no task: give it task=..., or configure() one of {', '.join(TASKS)}")
-    task = task or TASKS[config.task](config)
-    for name in [*Task.__annotations__, "prompts", "reward", "evaluate"]:
-        if not hasattr(task, name):
-            raise ValueError(f"{type(task).__name__} has no {name}, which Task says train() needs")
-    if not task.validation_prompts or getattr(task.tokenizer, "pad_token_id", None) is None:
-        raise ValueError("a task needs validation_prompts to evaluate on and a tokenizer with a pad_token")
-    if not isinstance(task.policy, nn.Module) or not hasattr(task.policy, "generate"):
-        raise ValueError(f"policy is a {type(task.policy).__name__}; expected a model with generate()")
-    refuse_broken(task.policy)
-    if taken := {"model", "optimizer", "elastic", "checkpoint"} & task.trained.keys():
-        raise ValueError(f"trained names {min(taken)!r}, as train() does itself; give that another name")
-    for name, part in task.trained.items():
-        if not isinstance(part, (nn.Module, torch.optim.Optimizer)):
-            raise ValueError(
-                f"trained[{name!r}] is a {type(part).__name__}; expected a module or an optimizer"
-            )
-        groups = getattr(part, "param_groups", None) or [dict(params=part.parameters())]
-        if {*task.policy.parameters()} & {p for group in groups for p in group["params"]}:
-            raise ValueError(f"trained[{name!r}] has weights of the policy, which train() trains itself")
-    return task
-
-
-def refuse_broken(model):
-    """ValueError if a weight of the model is not a finite number."""
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise ValueError(f"the model's weights are not finite, in {name}")
 
 
 # ========================================== 6. Models and data ============================================
@@ -1156,8 +1062,7 @@ def mean_logprobs(model, tokenizer, sources, targets, max_length):
 
 @torch.no_grad()
 def mean_nll(model, tokenizer, sources, targets, max_length):
-    """The mean negative log-likelihood of the targets' tokens, in nats; its exp is the perplexity. If there
-    is no token at all, it is that of a uniform guess."""
+    """The targets' mean negative log-likelihood per token (of no token: of a uniform guess)."""
     parts = chunks(sources, targets, size=32)  # long texts over a large vocabulary take much memory
     scored = [target_logprobs(model, tokenizer, *texts, max_length) for texts in parts]
     tokens = sum(mask.sum().item() for _, mask in scored)
@@ -1192,8 +1097,7 @@ def distinct(texts, n):
 
 
 def pass_at_k(policy, tokenizer, problems, config):
-    """pass_at_1 of the policy's programs and, of more samples per problem, pass_at_10 and pass_at_100: the
-    unbiased estimate that one of k programs passes, of n of which c do (arXiv 2107.03374)."""
+    """The unbiased estimate that one of k programs passes, of n of which c do (arXiv 2107.03374)."""
     n, programs = config.program_samples, []
     problems = [problem for problem in problems for _ in range(n)]
     for (part,) in chunks(problems):
@@ -1216,12 +1120,10 @@ def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
 
     from pydantic_monty import ExternalModule, Monty, MontyCrashedError
 
-    constants = {name: value for name, value in vars(string).items() if isinstance(value, str)}
-    session = dict(
-        limits=dict(max_feed_duration_secs=seconds, max_memory=megabytes << 20, max_recursion_depth=1000),
-        os_policy=dict(sleep="zero", random_start=dict(seed=0)),  # a sleep would not count as time
-        external_modules=dict(string=ExternalModule(constants)),
-    )
+    limits = dict(max_feed_duration_secs=seconds, max_memory=megabytes << 20, max_recursion_depth=1000)
+    policy = dict(sleep="zero", random_start=dict(seed=0))  # a sleep would not count as time
+    constants = ExternalModule({n: value for n, value in vars(string).items() if isinstance(value, str)})
+    session = dict(limits=limits, os_policy=policy, external_modules=dict(string=constants))
 
     def value_of(program, again=True):
         try:
@@ -1236,67 +1138,55 @@ def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
 
 
 # Models are loaded by name, or trained here first and cached.
+CACHE_VERSION = 2  # raise it when pretraining changes what it makes
 
 
 def load_model(role, name, kind, config, longest=0, **settings):
     """A model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by hub name or
-    from a folder. ValueError if it cannot be used, as for texts of `longest` tokens."""
-    try:
-        model, tokenizer = load_pretrained(name, kind, config, longest, **settings)
-    except Exception as error:  # there is no end to what may be wrong with files
-        raise ValueError(
-            f"{role} {name!r} cannot be used as a model for {kind}: {one_line(error)}"
-        ) from error
-    return model.to(processes().device).eval(), tokenizer
-
-
-def load_pretrained(name, kind, config, longest, **settings):
+    from a folder. ValueError if it cannot be used for texts of `longest` tokens."""
     import transformers
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    settings |= dict(dtype=getattr(torch, config.dtype), trust_remote_code=False)
-    auto = getattr(transformers, f"AutoModelFor{kind}")
-    model, found = auto.from_pretrained(name, output_loading_info=True, **settings)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if hasattr(model, "peft_config"):
-        raise ValueError("it is an adapter; merge it into its model first (merge_and_unload)")
-    if found["missing_keys"] and (longest or kind != "SequenceClassification"):  # else a head to train
-        raise ValueError(f"it has no trained {min(found['missing_keys'])}")
-    refuse_broken(model)
-    if max_positions(model) < longest:
-        raise ValueError(f"it has {max_positions(model)} positions; {longest} are needed")
+    settings |= dict(dtype=getattr(torch, config.dtype), output_loading_info=True, trust_remote_code=False)
+    try:
+        model, found = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name, **settings)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if hasattr(model, "peft_config"):
+            raise ValueError("it is an adapter; merge it into its model first (merge_and_unload)")
+        if found["missing_keys"] and (longest or kind != "SequenceClassification"):  # else a head to train
+            raise ValueError(f"{min(found['missing_keys'])} is not trained")
+        if max_positions(model) < longest:
+            raise ValueError(f"it has {max_positions(model)} positions; {longest} are needed")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if model.can_generate():
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+            set_plain_generation(model)
+    except Exception as error:  # there is no end to what may be wrong with files
+        raise ValueError(f"{role} {name!r} cannot be used as a {kind} model: {one_line(error)}") from error
+    tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"  # where decoders go on
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
             module.requires_grad_(False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"  # where decoders go on
-    tokenizer("a")  # where a damaged one fails
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if model.can_generate():
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        set_plain_generation(model)
-    return model, tokenizer
+    return model.to(processes().device).eval(), tokenizer
 
 
 def max_positions(model):
     """The longest text that a model takes, in tokens; many have no limit."""
-    positions = getattr(model.config, "max_position_embeddings", None) or -1
-    return positions if positions > 0 else math.inf
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 def set_plain_generation(policy):
-    """Drops a model's own ways of generating (beams, forced tokens, penalties), so that it samples from its
-    own distribution. ValueError if a token that sampling needs is not named."""
+    """Drops a model's beams, forced tokens and penalties, so that it samples from its own distribution."""
     from transformers import GenerationConfig
 
-    tokens, names = {}, ["pad_token_id", "eos_token_id"]
-    for name in names + ["decoder_start_token_id"] * policy.config.is_encoder_decoder:
-        tokens[name] = getattr(policy.generation_config, name)
-        if tokens[name] is None:
-            raise ValueError(f"the model names no {name}; set model.generation_config.{name}")
-    eos = tokens["eos_token_id"]
-    tokens["eos_token_id"] = eos if isinstance(eos, list) else [eos]
+    names = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+    tokens = {name: getattr(policy.generation_config, name) for name in names}
+    if None in [tokens[name] for name in names[: 2 + policy.config.is_encoder_decoder]]:
+        raise ValueError(f"model.generation_config names {tokens}; expected numbers")
+    if not isinstance(tokens["eos_token_id"], list):
+        tokens["eos_token_id"] = [tokens["eos_token_id"]]
     policy.generation_config = GenerationConfig(**tokens)
 
 
@@ -1307,9 +1197,7 @@ def lora(model, kind, config, seed=0):
     torch.manual_seed(seed)
     task_type = dict(CausalLM="CAUSAL_LM", SequenceClassification="SEQ_CLS")[kind]
     shape = dict(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=config.lora_dropout)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft's way of asking transformers, not ours
-        return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
+    return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
 
 
 def small_shape(family, tokenizer, config, **settings):
@@ -1317,34 +1205,24 @@ def small_shape(family, tokenizer, config, **settings):
     from transformers import AutoConfig
 
     width, layers, pad, eos = config.d_model, config.layers, tokenizer.pad_token_id, tokenizer.eos_token_id
-    longest = max(128, 2 * config.max_length)
-    shapes = dict(
-        marian=dict(
-            d_model=width, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, dropout=0.0,
-            max_position_embeddings=longest, scale_embedding=True, decoder_start_token_id=pad,
-            forced_eos_token_id=None,
-        ),
-        gpt2=dict(
-            n_embd=width, n_layer=layers, n_head=4, n_positions=longest, bos_token_id=eos, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu",
-        ),
-        llama=dict(
-            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-            max_position_embeddings=longest, bos_token_id=None,
-        ),
-    )  # fmt: skip
-    size, settings = len(tokenizer), shapes[family] | settings
-    return AutoConfig.for_model(family, vocab_size=size, pad_token_id=pad, eos_token_id=eos, **settings)
-
-
-CACHE_VERSION = 2  # raise it when pretraining changes what it makes
+    shape = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, bos_token_id=None)
+    if family == "marian":
+        shape = dict(d_model=width, dropout=0.0, scale_embedding=True, forced_eos_token_id=None)
+        shape["decoder_start_token_id"] = pad
+        for side in ("encoder", "decoder"):
+            shape |= {f"{side}_layers": layers, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 2 * width}
+    if family == "gpt2":
+        shape |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu")
+        shape["bos_token_id"] = eos
+    if family == "llama":
+        shape["intermediate_size"] = 2 * width
+    shape |= dict(max_position_embeddings=max(128, 2 * config.max_length), pad_token_id=pad, eos_token_id=eos)
+    return AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape, **settings)
 
 
 def trained(role, kind, start, texts, examples, loss_of, updates, config, seed=0, **head):
-    """The cached folder of a model fitted to `examples`. `start`: a family (see small_shape()) to train from
-    scratch, with a tokenizer made of `texts`, or else the name of a model that is trained through an adapter,
-    which is merged. The folder is named by a hash of data, settings and CACHE_VERSION."""
+    """The cached folder of a model fitted to `examples`. `start`: a family of small_shape() to train from
+    scratch, with a tokenizer made of `texts`, or else a model that is trained through an adapter."""
     import transformers
 
     if not examples:
@@ -1456,6 +1334,7 @@ def train_tokenizer(texts, config, append_eos=True):
 
 
 # Data are rows of a hub dataset or of a local folder, or one of the small worlds of section 7.
+ASKED = "Question: {}\n\nAnswer: "  # the paper's
 
 
 def name_and_split(spec):
@@ -1465,44 +1344,42 @@ def name_and_split(spec):
 
 def load_rows(spec, columns):
     """Rows {column: text} of a hub dataset or a local folder of JSONL, CSV or Parquet, "DIR" or
-    "DIR:train[:9000]"; `translation: {..}` is unpacked. ValueError saying what is wrong, and in which row."""
+    "DIR:train[:9000]"; `translation: {..}` is unpacked."""
     from datasets import disable_progress_bar, load_dataset, logging
 
     name, split = name_and_split(spec)
-    kinds = {file.suffix for file in Path(name).rglob("*")} & {".csv", ".jsonl", ".parquet"}
-    if len(kinds) > 1:
-        raise ValueError(f"data {name} holds {', '.join(sorted(kinds))} files; expected one kind")
     source = dict(path="parquet", data_files=name) if name.startswith("hf://") else dict(path=name)
     disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
     try:
-        rows = load_dataset(**source, split=split or "train").to_list()
+        kinds = {file.suffix for file in Path(name).rglob("*")} & {".csv", ".jsonl", ".parquet"}
+        rows = load_dataset(**source, split=split or "train").to_list() or [{}]  # which has no column
+        unnamed = ".csv" in kinds and "__index_level_0__" in rows[0]  # more cells than the header has
+        if len(kinds) > 1 or unnamed:
+            raise ValueError(f"it holds {' and '.join(sorted(kinds))} files, or columns without a name")
     except Exception as error:  # there is no end to what may be wrong with files
-        why = error.__cause__ or str(error) or "it holds no rows"
-        raise ValueError(f"data {spec} cannot be read: {one_line(why)}") from error
-    if ".csv" in kinds and "__index_level_0__" in rows[0]:  # pandas made an index of it
-        raise ValueError(f"data {spec}: its rows have more cells than its header")
+        why = one_line(error.__cause__ or error) or "it holds no rows"
+        raise ValueError(f"data {spec} cannot be read: {why}") from error
     rows = [row["translation"] if isinstance(row.get("translation"), dict) else row for row in rows]
     for (number, row), column in itertools.product(enumerate(rows, 1), columns.split()):
-        value, expected = row.get(column), "0 or 1" if column == "label" else "text"
+        value = row.get(column)
         text = isinstance(value, str) and value.strip()
         if not (str(value) in ("0", "1") if column == "label" else text):
             found = repr(str(value)[:40]) if column in row else f"not among {', '.join(map(str, row))}"
+            expected = "0 or 1" if column == "label" else "text"
             raise ValueError(f"data {spec}, row {number}: {column} is {found}; expected {expected}")
-    if not rows:
-        raise ValueError(f"data {spec} holds no rows")
     return rows
+
+
+def mixed(rows):
+    """The rows in another order, always the same: some come sorted by label."""
+    return random.Random(0).sample(rows, len(rows))
 
 
 def train_and_held_out(config, columns):
     """The rows of data, and those to evaluate on: of validation_data or of data's split `validation`."""
     beside = name_and_split(config.data)[0] + ":validation"
     return load_rows(config.data, columns), load_rows(config.validation_data or beside, columns)
-
-
-def mixed(rows):
-    """The rows in another order, always the same: some come sorted by label."""
-    return random.Random(0).sample(rows, len(rows))
 
 
 def translation_data(config):
@@ -1517,8 +1394,7 @@ def translation_data(config):
 
 
 def review_data(config):
-    """train, validation: (text, label) pairs, label 1 positive; gold(prompts, responses): metrics that only
-    the embedded corpus allows, {} for others."""
+    """train, validation: (text, label) pairs. gold(prompts, responses): metrics of the embedded corpus."""
     if not config.data:
         return toy_reviews()
     parts = train_and_held_out(config, "text label")
@@ -1526,14 +1402,10 @@ def review_data(config):
     return dict(train=train, validation=validation, gold=lambda prompts, responses: {})
 
 
-ASKED = "Question: {}\n\nAnswer: "  # the paper's
-
-
 def qa_data(config):
-    """sft and validation: (question, human answer) pairs; preferences and held_out: pairs of texts, question
-    and answer, the better one first; questions: prompts; texts: for a tokenizer; problems and, with prompts
-    of another kind, elsewhere: a prompt, program_of(response) and the value expected of that program, see
-    run_programs()."""
+    """sft, validation: (question, human answer) pairs. preferences, held_out: pairs of texts, the better one
+    first. problems and, with prompts unlike RL's, elsewhere: a prompt, program_of(response), and the value
+    that run_programs() shall give it."""
     if not config.data:
         return toy_qa()
     train, validation = train_and_held_out(config, "question response_j")
@@ -1676,32 +1548,26 @@ def toy_reviews(seed=0):
 
 def toy_opinion(rng, feeling):
     """As "my friend enjoyed the plot at home ." """
-    words = rng.choice(sentence_kinds(feeling))
+    words = rng.choice(grammar(feeling)[0])
     return " ".join(choices[0] if len(choices) == 1 else rng.choice(choices) for choices in words)
 
 
 @functools.cache
-def sentence_kinds(feeling):
-    """The kinds of sentences, each a list of the words that may stand at a place."""
+def grammar(feeling):
+    """The kinds of sentences, each a list of the words that may stand at a place, and what matches them."""
 
     def choices(word):
         words = REVIEW_WORDS.get(word) or REVIEW_WORDS.get(word + feeling) or word
         return [choice.replace("_", " ") for choice in words.split()]
 
-    return [[choices(word) for word in kind.split()] for [kind] in table(REVIEWS, "|")]
+    kinds = [[choices(word) for word in kind.split()] for [kind] in table(REVIEWS, "|")]
+    patterns = [" ".join(f"({'|'.join(map(re.escape, words))})" for words in kind) for kind in kinds]
+    return kinds, re.compile("|".join(patterns))
 
 
-@functools.lru_cache(maxsize=100_000)
 def toy_feeling(sentence):
     """ "+", "-", "0" or, of what the grammar does not generate, None."""
-    return next((feeling for feeling in "+-0" if re.fullmatch(grammar(feeling), sentence)), None)
-
-
-@functools.cache
-def grammar(feeling):
-    """A regular expression for the sentences with this feeling."""
-    kinds = [[f"({'|'.join(map(re.escape, c))})" for c in kind] for kind in sentence_kinds(feeling)]
-    return "|".join(" ".join(kind) for kind in kinds)
+    return next((feeling for feeling in "+-0" if grammar(feeling)[1].fullmatch(sentence)), None)
 
 
 def toy_gold(prompts, responses):
@@ -1831,89 +1697,71 @@ def toy_problem(function, prompt, begun=""):
 
 
 class Run:
-    """A run's folder with its log and checkpoints, and its progress. Of several processes the main one
-    writes. Raises ValueError for a folder that cannot be this run's."""
+    """A run's folder, log, checkpoints and progress. Of several processes the main one writes."""
 
     COUNTERS = ("update", "kl_coef", "history", "samples", "averaging")
 
     def __init__(self, config):
-        self.config, self.accelerator, self.folder = config, processes(), run_folder(config)
+        self.config, self.accelerator = config, processes()
+        self.folder = Path(config.output_dir or f"runs/{config.task}/{config.method}/seed{config.seed}")
         self.main, n = self.accelerator.is_main_process, self.accelerator.num_processes
         self.lock = claim(self.folder, config) if self.main else None
         self.accelerator.wait_for_everyone()
         if config.batch_size % n or config.mini_batch_size % n:
             raise ValueError(f"batch_size and mini_batch_size must be multiples of the {n} processes")
-        self.rows_per_step = (config.mini_batch_size or config.batch_size) // n
+        self.rows = slice(self.accelerator.process_index, None, n)  # of a batch, this process's share
         self.checkpoints = [self.folder / "checkpoint" / name for name in ("state.pt", "previous.pt")]
         self.update, self.kl_coef, self.history, self.samples = 0, config.kl_coef, [], []
         self.averaging, self.began, self.stop, self.bar = 0.0, time.perf_counter(), 0, None
 
-    def seconds(self):
-        """What the run has taken so far, also before it was resumed."""
-        return time.perf_counter() - self.began
-
     def begin(self, parts):
-        """Names the parts that checkpoints hold; when resuming, fills them from the last checkpoint."""
-        self.parts = parts
-        if self.config.resume and any(path.is_file() for path in self.checkpoints):
-            self._restore()
-        if self.main:
-            for name in ("model", "checkpoint"):
-                (self.folder / name).mkdir(exist_ok=True)
-            (self.folder / "samples.md").unlink(missing_ok=True)  # where it is, the run is complete
-            write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
-
-    def _restore(self):
-        """Copies in the newest checkpoint that is whole and fits."""
-        problems = []
-        for path in filter(Path.is_file, self.checkpoints):
+        """Names the parts that checkpoints hold; when resuming, fills them from the last whole one."""
+        self.parts, saved, problems = parts, None, []
+        for path in filter(Path.is_file, self.checkpoints if self.config.resume else ()):
             try:
-                saved = self._read(path)
-                break
+                saved = saved or self._read(path)
             except Exception as error:  # there is no end to what may be wrong with a file
                 problems.append(f"checkpoint {path} is damaged or another's: {one_line(error)}")
-        else:
+        if saved:
+            if saved["update"] > self.config.updates:
+                raise ValueError(f"{self.folder} has done {saved['update']} updates; set updates to more")
+            print(*[f"{problem}; the one before is used\n" for problem in problems], file=sys.stderr, end="")
+            for name, part in parts.items():
+                part.load_state_dict(part.state_dict() | saved["parts"][name])
+            vars(self).update({name: saved[name] for name in self.COUNTERS})
+            self.began -= self.history[-1]["seconds"]
+        elif problems:
             raise ValueError("; ".join(problems))
-        if saved["update"] > self.config.updates:
-            raise ValueError(f"{self.folder} has done {saved['update']} updates; set updates to more")
-        for problem in problems:
-            print(f"{problem}; the one before is used", file=sys.stderr)
-        for name, part in self.parts.items():
-            part.load_state_dict(part.state_dict() | saved["parts"][name])
-        vars(self).update({name: saved[name] for name in self.COUNTERS})
-        self.began -= saved["seconds"]
+        if self.main:
+            (self.folder / "samples.md").unlink(missing_ok=True)  # where it is, the run is complete
+            write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
 
     def _read(self, path):
         """A checkpoint. Raises an error unless it has the names, types, shapes and dtypes of this run's."""
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch does not look at the checksums
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            if archive.testzip():  # torch does not look at the checksums
+                raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             stepped = saved["parts"][name].get("state") or name == "optimizer" and self.config.num_ppo_epochs
             if isinstance(part, torch.optim.Optimizer) and stepped:
-                give_slots(part)
-        compare_layout(self._state(), saved)
-        for line in saved["history"]:
-            if (
-                not {"update", "event", "reward", "drift", "kl"} <= line.keys()
-                or saved["update"] < line["update"]
-            ):
-                raise ValueError("its history is not that of its updates")
+                for p in [p for group in part.param_groups for p in group["params"]]:
+                    p.grad = torch.zeros_like(p)
+                part.step()  # along a gradient of 0, for the slots that are to be compared
+                part.zero_grad()
+        compare_layout(self._state(), saved, "it")
         return saved
 
     def _state(self):
         """What a checkpoint holds: the counters, and of each part everything but frozen weights."""
-        state = {name: getattr(self, name) for name in self.COUNTERS}
-        state |= dict(seconds=self.seconds(), parts={})
+        state = {name: getattr(self, name) for name in self.COUNTERS} | dict(parts={})
         for name, part in self.parts.items():
             frozen = [n for n, p in getattr(part, "named_parameters", list)() if not p.requires_grad]
             state["parts"][name] = {n: x for n, x in part.state_dict().items() if n not in frozen}
         return state
 
     def updates(self):
-        """The numbers of the updates to do, behind a bar. A signal to stop lets an update end; a second one
-        does not wait."""
+        """The numbers of the updates to do. A signal to stop lets an update end; a second does not wait."""
 
         def stop(signum, frame):
             if self.stop:
@@ -1921,8 +1769,9 @@ class Run:
             self.stop = signum
 
         main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        heeded = [s for s in STOP_SIGNALS if main_thread and signal.getsignal(s) != signal.SIG_IGN]  # nohup
-        before = {s: signal.signal(s, stop) for s in heeded}
+        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP") if main_thread]
+        heeded = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # as nohup sets SIGHUP
+        before = {n: signal.signal(n, stop) for n in heeded}
         how = dict(desc=f"RL, {self.config.method}", initial=self.update, total=self.config.updates)
         try:
             with progress(range(self.update + 1, self.config.updates + 1), **how) as self.bar:
@@ -1934,8 +1783,7 @@ class Run:
                 signal.signal(signum, handler)
 
     def save_if_due(self):
-        """A checkpoint every save_every updates, after the last, and when asked to stop, which then raises
-        KeyboardInterrupt. The one before is kept."""
+        """A checkpoint if it is time for one or the run was asked to stop, which raises KeyboardInterrupt."""
         stop = self.mean_over_processes(dict(stop=self.stop))["stop"]
         if not stop and self.update % self.config.save_every and self.update != self.config.updates:
             return
@@ -1956,141 +1804,109 @@ class Run:
         work()
         self.averaging += time.perf_counter() - began
 
+    def gathered(self, batch):
+        """A batch of this process's rows as that of all processes, in the order of the prompts."""
+        from accelerate.utils import pad_across_processes
+
+        n, gather = self.accelerator.num_processes, self.accelerator.gather
+        if n == 1:
+            return batch
+        whole = {
+            name: gather(pad_across_processes(x, dim=1) if x.dim() > 1 else x) for name, x in batch.items()
+        }
+        return {name: torch.stack(x.chunk(n), 1).flatten(0, 1) for name, x in whole.items()}
+
     def mean_over_processes(self, stats):
         """{name: number}, the mean over the processes. FloatingPointError if one is not finite."""
         values = torch.tensor([float(value) for value in stats.values()], device=self.accelerator.device)
         stats = dict(zip(stats, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, value in stats.items():
             if not math.isfinite(value):
-                good = [f"the last good checkpoint is {p}" for p in self.checkpoints if p.exists()]
-                good = good[0] if good else "there is no checkpoint yet"
+                good = f"checkpoints, if any yet, are in {self.checkpoints[0].parent}"
                 raise FloatingPointError(f"update {self.update}: {name} is {value}; {good}")
         return stats
 
     def log(self, metrics, event="", stats=None):
         """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
-        columns = {name: list(map(str, texts[:5])) for name, texts in metrics.pop("samples", {}).items()}
-        if len({*map(len, columns.values())}) > 1:
-            raise ValueError("the columns of samples that evaluate() gives differ in length")
-        self.samples = [*self.samples[:1], columns]
-        line = dict(update=self.update, event=event, seconds=round(self.seconds(), 2))
-        line = both(both(line, stats or {}), self.mean_over_processes(metrics))
+        columns = metrics.pop("samples", {})
+        rows = list(zip(*columns.values(), strict=True))[:5]
+        self.samples = [*self.samples[:1], [dict(zip(columns, map(str, row), strict=True)) for row in rows]]
+        line = dict(update=self.update, event=event, seconds=round(time.perf_counter() - self.began, 2))
+        line = dict(**line, **(stats or {}), **self.mean_over_processes(metrics))
         self.history.append(line)
         if self.main:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
         if self.bar is not None:
-            resets = sum(e["event"] == "after reset" for e in self.history)
             numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
-            self.bar.set_postfix_str(f"{numbers}, resets {resets}")
+            self.bar.set_postfix_str(f"{numbers}, resets {self.parts['elastic'].resets}")
 
-    def finish(self, task, elastic):
+    def finish(self, task):
         """Writes models, samples, curve; prints the table of before and after; returns train()'s result."""
-        start, end = self.history[0], self.history[-1]
-        result = dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
-        if not self.main:
-            return result
-        for name, model in dict(model=task.policy, **task.trained).items():
-            if hasattr(model, "save_pretrained"):
-                save_model(model, getattr(task, f"{name}_tokenizer", task.tokenizer), self.folder / name)
-        with written_whole(self.folder / "curve.png") as aside:
-            plot_run(self.history, aside)
-        write_text(self.folder / "samples.md", samples_text(*self.samples, end["update"]))
-        print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
-        for name in [name for name in start if name in end and name not in ("update", "event", "seconds")]:
-            print(f"{name:<10}{start[name]:>10.3f}   {end[name]:.3f}")
-        if self.config.reset != "none" and self.config.reset_every > self.config.updates:
-            print(f"no reset: reset_every is {self.config.reset_every}, updates {self.config.updates}")
-        print(f"averages: {elastic.backend}, {self.averaging / self.seconds():.2%} of the time")
-        print(task.footnote)
-        print(
-            f"{self.folder}:", ", ".join(sorted(p.name + "/" * p.is_dir() for p in self.folder.glob("[!.]*")))
-        )
-        self.lock.release()
-        return result
-
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def run_folder(config):
-    return Path(config.output_dir or f"runs/{config.task}/{config.method}/seed{config.seed}")
+        start, end, elastic = self.history[0], self.history[-1], self.parts["elastic"]
+        if self.main:
+            for name, model in dict(model=task.policy, **task.trained).items():
+                if hasattr(model, "save_pretrained"):
+                    save_model(model, getattr(task, f"{name}_tokenizer", task.tokenizer), self.folder / name)
+            with written_whole(self.folder / "curve.png") as aside:
+                plot_run(self.history, aside)
+            write_text(self.folder / "samples.md", samples_text(*self.samples, end["update"]))
+            print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
+            for name in [name for name in [*start][3:] if name in end]:  # after update, event, seconds
+                print(f"{name:<10}{start[name]:>10.3f}   {end[name]:.3f}")
+            share = (
+                f"{elastic.backend}, {self.averaging / (time.perf_counter() - self.began):.2%} of the time"
+            )
+            print(f"resets: {elastic.resets}; averages: {share}; {getattr(task, 'footnote', '')}")
+            print(f"{self.folder}:", *sorted(p.name + "/" * p.is_dir() for p in self.folder.glob("[!.]*")))
+            self.lock.release()
+        return dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
 
 
 def claim(folder, config):
-    """Makes the folder and returns a lock on it. ValueError if another process has it, if it holds anything
-    but this run, which is to be resumed, or if something that the run reads lies in it."""
+    """Makes the folder and returns a lock on it. ValueError if it is not this run's alone."""
     from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config_file = folder / "config.json"
-        before = read_mapping(config_file) if config_file.is_file() else {}
-        found = list(folder.iterdir())
-        others = [path for path in found if path.name != ".lock" and path.suffix != ".partial"]
-        if others and "reset_every" not in before:
+        now, file, found = json.loads(json.dumps(asdict(config))), folder / "config.json", [*folder.iterdir()]
+        before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        if "reset_every" not in before and any(p.name != ".lock" and p.suffix != ".partial" for p in found):
             raise ValueError("it holds other files")
         if links := [path.name for path in found if path.is_symlink()]:
             raise ValueError(f"it holds a link, {links[0]}, to where other files may be")
-        texts = [
-            text for name, text in vars(config).items() if name != "output_dir" and isinstance(text, str)
-        ]
-        for text in filter(None, [*texts, *config.sender_data, *config.receiver_data]):
+        texts = [now[name] for name in now if name.endswith(("model", "data", "programs"))]
+        texts = [text for text in texts if isinstance(text, str)]
+        for text in filter(None, texts + now["sender_data"] + now["receiver_data"]):
             path = Path(name_and_split(text)[0]).resolve()
             if path.exists() and path.is_relative_to(folder.resolve()):
                 raise ValueError(f"it holds {text}, which the run reads")
         if before and not config.resume:
             raise ValueError("it holds a run: go on with --resume true, or choose another folder")
-        for name, value in json.loads(json.dumps(asdict(config))).items():
-            fixed = name not in ("resume", "output_dir", "updates", "save_every")
-            if before and fixed and before.get(name) != value:
-                raise ValueError(f"it holds a run with {name} {before.get(name)!r}, not {value!r}")
-        saved = [path for path in folder.glob("checkpoint/*.pt") if path.is_file()]
-        if (folder / "samples.md").exists() and not saved:
+        for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
+            if before and before.get(name) != now[name]:
+                raise ValueError(f"it holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
+        if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
             raise ValueError("it holds a complete run without its checkpoint")
         lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
         lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"output_dir {folder} cannot be used: another process works in it") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"output_dir {folder} cannot be used: {one_line(error)}") from error
-    return lock
-
-
-def give_slots(optimizer):
-    """Gives a new optimizer the slots that it has after a step, by a step along a gradient of 0."""
-    for p in [p for group in optimizer.param_groups for p in group["params"]]:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def compare_layout(own, saved, place="it"):
-    """ValueError unless `saved` has the names, types, shapes and dtypes of `own`, at every depth."""
-    if type(saved) is not type(own):
-        raise ValueError(f"{place} is of type {type(saved).__name__}, not {type(own).__name__}")
-    if isinstance(own, torch.Tensor) and layout(saved) != layout(own):
-        raise ValueError(f"{place} is {saved.dtype} {[*saved.shape]}, not {own.dtype} {[*own.shape]}")
-    if isinstance(own, dict):
-        if differ := own.keys() ^ saved.keys():
-            raise ValueError(f"{place}[{min(map(repr, differ))}] is missing or unknown")
-        for name, value in own.items():
-            compare_layout(value, saved[name], f"{place}[{name!r}]")
-    if isinstance(own, list) and own:  # a new run's lists are empty
-        compare_layout(dict(enumerate(own)), dict(enumerate(saved)), place)
+        return lock
+    except Exception as error:  # there is no end to what may be wrong with a folder
+        why = "another process works in it" if isinstance(error, Timeout) else one_line(error)
+        raise ValueError(f"output_dir {folder} cannot be used: {why}") from error
 
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a place beside `path` for a file or a folder of files. At the end these take their places in one
-    step each, and nothing else is touched."""
+    """Yields a place beside `path` for a file or a folder of files, which at the end take their places."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield aside
-        if aside.is_dir():
-            path.mkdir(exist_ok=True)
-        for file in aside.iterdir() if aside.is_dir() else [aside]:
-            os.replace(file, path / file.name if aside.is_dir() else path)
+        if aside.is_dir() and path.exists():
+            for file in aside.iterdir():
+                os.replace(file, path / file.name)
+        else:
+            os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
@@ -2102,9 +1918,6 @@ def write_text(path, text):
 
 
 def save_model(model, tokenizer, path):
-    from transformers import logging
-
-    logging.disable_progress_bar()
     with written_whole(path) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -2115,9 +1928,8 @@ def plot_run(history, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    for axes, name, color in zip(panels, ("reward", "drift"), ("#0072B2", "#D55E00"), strict=True):
-        axes.plot([e["update"] for e in history], [e[name] for e in history], color=color, marker=".")
+    for axes, name in zip(figure.subplots(2, 1, sharex=True), ("reward", "drift"), strict=True):
+        axes.plot([e["update"] for e in history], [e[name] for e in history], marker=".")
         for update in [e["update"] for e in history if e["event"] == "after reset"]:
             axes.axvline(update, color="0.7", linewidth=1, zorder=0)
         axes.set_ylabel(name)
@@ -2126,21 +1938,16 @@ def plot_run(history, path):
 
 
 def samples_text(start, end, update):
-    """samples.md: what became of the same prompts."""
+    """samples.md: what became of the same prompts. Texts keep their lines and indentation."""
     lines = []
-    for i in range(len(next(iter(start.values()), []))):
-        lines += [f"## {i + 1}", ""]
-        for column in start:
-            lines.append(f"- {column}: {on_one_line(start[column][i])}")
-            if end[column][i] != start[column][i]:
-                lines.append(f"- {column}, **update {update}**: {on_one_line(end[column][i])}")
+    for number, (before, after) in enumerate(zip(start, end, strict=True), 1):
+        lines += [f"## {number}", ""]
+        for column in before:
+            lines.append(f"- {column}: {before[column]}")
+            if after[column] != before[column]:
+                lines.append(f"- {column}, **update {update}**: {after[column]}")
         lines.append("")
-    return "\n".join(lines)
-
-
-def on_one_line(text):
-    """A text in one line of Markdown that shows its lines and their indentation."""
-    return text.strip().replace("    ", "&emsp;").replace("\n", "<br>")
+    return "\n".join(line.strip().replace("    ", "&emsp;").replace("\n", "<br>") for line in lines)
 
 
 def one_line(error):
@@ -2149,7 +1956,7 @@ def one_line(error):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message}; --help lists all flags")
+        raise ValueError(f"{message}; --help lists all flags")  # in one line, without the usage
 
 
 def parse_flags(argv):
@@ -2163,38 +1970,24 @@ def parse_flags(argv):
         others = "".join(f"; {task} {preset[f.name]}" for task, preset in presets.items() if f.name in preset)
         default = f" (default {f.default}{others})" if f.default not in ("", (), "custom") else ""
         help = f.metadata["help"].replace("METHODS", ", ".join(METHODS)) + default
-        many = dict(nargs="+") if f.type == list[str] else {}
-        group.add_argument(f"--{f.name}", help=help, default=argparse.SUPPRESS, metavar=kind_of(f)[1], **many)
+        how = dict(default=argparse.SUPPRESS, nargs="+" if f.type is list else None)
+        how["metavar"] = KINDS.get(f.type) or "|".join(get_args(f.type))
+        group.add_argument(f"--{f.name}", help=help, **how)
     given = vars(parser.parse_args(argv))
     if path := given.pop("config"):
-        known = read_mapping(path)
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            known = yaml.safe_load(file)  # JSON is YAML too
+        if not isinstance(known, dict):
+            raise ValueError(f"{path}: expected lines like kl_coef: 0.05")
         if {"method", "reset"} <= known.keys() and given.get("method", known["method"]) != known["method"]:
             raise ValueError(f"--method and --config {path}, which sets all that a method does: give one")
         given = known | given
-    numbers = {f.name for f in fields(Config) if f.type in (int, float, bool)}
-    return {name: value_of(value) if name in numbers else value for name, value in given.items()}
-
-
-def value_of(text):
-    """The number or truth value that a text stands for; anything else as it is."""
-    for kind in (int, float) if isinstance(text, str) else ():
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return {"true": True, "false": False}.get(text, text) if isinstance(text, str) else text
-
-
-def read_mapping(path):
-    """A file of YAML or JSON as {name: value}."""
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        mapping = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
-    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
-        raise ValueError(f"{path}: expected lines like kl_coef: 0.05")
-    return mapping
+    for name in given.keys() & {f.name for f in fields(Config) if f.type in (int, float, bool)}:
+        with contextlib.suppress(TypeError, ValueError):
+            given[name] = json.loads(given[name])
+    return given
 
 
 def main(argv=None) -> int:
@@ -2202,16 +1995,13 @@ def main(argv=None) -> int:
     broke off, and 128 + n when signal n stopped it. Call train() from Python to see where an error arose."""
     try:
         warnings.simplefilter("ignore")  # other people's; what concerns the user is an error here
-        given = parse_flags(sys.argv[1:] if argv is None else argv)
-        if given.get("task") not in TASKS:
-            raise ValueError(f"--task is {given.get('task', 'missing')}; expected one of {', '.join(TASKS)}")
-        train(configure(**given))
+        train(configure(**parse_flags(sys.argv[1:] if argv is None else argv)))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         print(f"elastic_reset.py: {one_line(error) or type(error).__name__}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + getattr(error, "signum", signal.SIGINT)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
+        return 1 if isinstance(error, (FloatingPointError, RuntimeError)) else 2
 
 
 # ===================================== 9. Other people's trainers =========================================
@@ -2221,11 +2011,11 @@ class ElasticResetCallback:
     """Elastic Reset in transformers' Trainer and in those built on it, TRL's GRPO, RLOO, DPO and SFT:
     Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps; of
     a PEFT model it averages and resets the adapter. It works on one process, with DDP and with FSDP2.
+    `elastic`, the ElasticReset, is there once train() has begun.
 
-    Checkpoints hold the averages in elastic_reset.safetensors: full tensors, whatever number of processes
-    saves or loads them. train(resume_from_checkpoint=True) goes on from there. A callback is not told what
-    folder the trainer resumes from: if it is not in output_dir, name it in TrainingArguments as well, as
-    resume_from_checkpoint. `elastic`, the ElasticReset, is there once train() has begun."""
+    Checkpoints hold the averages in elastic_reset.safetensors, full tensors. A callback is not told what
+    folder train(resume_from_checkpoint=...) goes on from: if it is not in output_dir, name it in
+    TrainingArguments as well, as resume_from_checkpoint."""
 
     def __init__(self, decay=0.995, reset_every=17, reset="elastic"):
         self.settings, self.elastic = (decay, reset_every, reset), None
@@ -2238,8 +2028,7 @@ class ElasticResetCallback:
         shared = AcceleratorState()
         fsdp1 = shared.distributed_type == "FSDP" and shared.fsdp_plugin.fsdp_version == 1
         if fsdp1 or shared.distributed_type == "DEEPSPEED" or args.auto_find_batch_size:
-            which = "one process, DDP or FSDP2 (fsdp_version 2), not DeepSpeed, FSDP1 or auto_find_batch_size"
-            raise ValueError(f"ElasticResetCallback works with {which}")
+            raise ValueError("ElasticResetCallback works without DeepSpeed, FSDP1 and auto_find_batch_size")
         self.elastic = ElasticReset(model, *self.settings)
         if state.global_step:
             self._load(args, state)
@@ -2258,29 +2047,24 @@ class ElasticResetCallback:
             if args.should_save:
                 averages[name] = tensor.cpu()
         if args.should_save:
-            with written_whole(self._file(args, state)) as aside:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            with written_whole(folder / "elastic_reset.safetensors") as aside:
                 save_file(averages, aside, metadata=dict(run=self.run))
 
     def _load(self, args, state):
-        """Raises ValueError without the averages that were saved together with the trainer's state: both have
-        the same random `run`."""
-        from safetensors import SafetensorError, safe_open
+        """The averages that were saved with the trainer's state: both have the same random `run`."""
+        from safetensors import safe_open
 
-        path, run = self._file(args, state), state.stateful_callbacks.get("elastic_reset_run")
-        if args.resume_from_checkpoint:
-            path = Path(args.resume_from_checkpoint) / path.name
-        hint = "name the folder resumed from in TrainingArguments(resume_from_checkpoint=...)"
+        folder = args.resume_from_checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"
+        path = Path(folder) / "elastic_reset.safetensors"
         try:
             with safe_open(path, "pt") as file:
-                saved, averages = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
+                if file.metadata() != dict(run=state.stateful_callbacks.get("elastic_reset_run")):
+                    raise ValueError("it holds another run's averages")
+                self.elastic.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+        except Exception as error:
+            hint = "name the folder resumed from in TrainingArguments(resume_from_checkpoint=...)"
             raise ValueError(f"{path}: {error}; {hint}") from error
-        if saved != dict(run=run):
-            raise ValueError(f"{path} holds another run's averages; {hint}")
-        self.elastic.load_state_dict(averages)
-
-    def _file(self, args, state):
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "elastic_reset.safetensors"
 
     def __getattr__(self, event):
         """The trainer's other events: nothing to do. (With transformers' base class, importing this file

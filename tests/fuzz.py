@@ -182,7 +182,7 @@ def flags_case(rng):
     """Random flags, a random file of flags, or something at output_dir."""
     task = rng.choice(list(TASKS))
     flags, kind, own, f = tiny(task), rng.random(), (), rng.choice(fields(Config))
-    low, high, texts = f.metadata["low"], f.metadata["high"], f.type in (str, list[str])
+    low, high, texts = f.metadata["low"], f.metadata["high"], f.type in (str, list)
     if kind < 0.03:
         return "plain run", to_argv(flags | dict(method=rng.choice(list(METHODS)))), ()
     if kind < 0.13:  # the ends of ranges and strange texts, which may be taken

@@ -206,19 +206,16 @@ def test_state_of_another_policy_changes_nothing(backend):
 def test_unusable_arguments():
     model = nn.Linear(2, 2)
     for error, arguments in {
-        "decay is 1.5": dict(decay=1.5),
-        "decay is nan": dict(decay=float("nan")),
-        "reset_every is 0": dict(reset_every=0),
-        "reset_every is 2.5": dict(reset_every=2.5),
-        "expected one of elastic, ema, init, none": dict(reset="both"),
+        "decay 1.5": dict(decay=1.5),
+        "decay nan": dict(decay=float("nan")),
+        "reset_every 0": dict(reset_every=0),
+        "reset_every 2.5": dict(reset_every=2.5),
+        "one of elastic, ema, init, none": dict(reset="both"),
     }.items():
         with pytest.raises(ValueError, match=error):
             ElasticReset(model, **arguments)
     with pytest.raises(ValueError, match="nothing to average"):
         ElasticReset(nn.Linear(2, 2).requires_grad_(False))
-    for parameters in (["weight"], model.weight):
-        with pytest.raises(TypeError, match="item 0 is neither"):
-            ElasticReset(parameters)
 
 
 # Parameters stay where they are, and what others do with them is as without ElasticReset.

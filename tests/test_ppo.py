@@ -11,8 +11,6 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from elastic_reset import (
@@ -55,11 +53,6 @@ def marian():
 def gpt2(**settings):
     shape = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1)
     return GPT2LMHeadModel(GPT2Config(**IDS, **shape, **settings))
-
-
-def t5():
-    shape = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    return T5ForConditionalGeneration(T5Config(**IDS, **shape))
 
 
 def prepared(make):
@@ -132,22 +125,6 @@ def test_whiten_looks_at_unmasked_tokens_only():
     torch.testing.assert_close(white[mask].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.testing.assert_close(white[mask].std(), torch.tensor(1.0))
     assert torch.equal(white, whiten(torch.where(mask, x, 1e6), mask))
-
-
-def test_processes_whiten_as_one():
-    """Each has some of the rows and, as accelerator.reduce() would give it, the sum over all."""
-    mask, sums = random_mask(), []
-    x = torch.randn(5, 7) * 3 + 2
-
-    def one_process(part):
-        sums.append(part)
-        return part
-
-    whole = whiten(x, mask, one_process)
-    for rows in (slice(2), slice(2, 5)):
-        reduced = iter(sums)
-        part = whiten(x[rows], mask[rows], lambda part, reduced=reduced: next(reduced))
-        torch.testing.assert_close(part, whole[rows])
 
 
 def old_batch(mask, logprobs=None):
@@ -435,12 +412,6 @@ def test_separate_value_model_is_a_copy_without_the_output_layer(make):
     assert not {id(p) for p in model.value.parameters()} & {id(p) for p in policy.parameters()}
     sizes = [p.numel() for name, p in whole.named_parameters() if not name.startswith("lm_head")]
     assert sum(p.numel() for p in model.value["model"].parameters()) == sum(sizes)
-
-
-def test_separate_value_model_of_t5_is_refused():
-    """T5's classes have no body apart from the output layer."""
-    with pytest.raises(ValueError, match="separate_value_model is not made for T5ForConditionalGeneration"):
-        ActorCritic(prepared(t5), separate_value_model=True)
 
 
 def test_value_head_teaches_the_policy(policy):

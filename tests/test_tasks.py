@@ -352,7 +352,7 @@ def test_reference_is_the_model_with_its_adapter_off(stack):
 
 
 def test_a_model_without_a_trained_head_is_no_reward_model(stack):
-    with pytest.raises(ValueError, match="has no trained score.weight"):
+    with pytest.raises(ValueError, match="score.weight is not trained"):
         TechnicalQA(configure(**stack | dict(reward_model=stack["model"])))
 
 

@@ -52,29 +52,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elastic_reset
 from elastic_reset import (
     Config,
-    ElasticReset,
-    Run,
     TranslationGame,
-    actor_critic,
     adamw,
-    both,
     configure,
-    evaluate,
     flag,
-    gae,
     likelihood_loss,
-    masked_mean,
     optimizer_step,
     parse_flags,
-    ppo_backward,
-    prompts_of,
-    reference_logprobs,
     respond,
-    score,
-    shape_rewards,
     shuffled,
     translation_data,
-    whiten,
 )
 
 
@@ -96,92 +83,27 @@ class SIL(Config):
 # ================================================== S2P ===================================================
 
 
-def train_s2p(config: S2P) -> dict:
-    """elastic_reset.train() with a second gradient in phase 4. All else is the same, line by line."""
-    run = Run(config)
-    task, pairs = TranslationGame(config), translation_data(config)["sender"]
-    if not pairs:
-        raise ValueError("S2P needs the sender's pretraining pairs; name them by --sender_data")
-    model, optimizer = actor_critic(task.policy, config, run.accelerator)
-    elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
-    reference = elastic.ema if config.kl_reference == "ema" else elastic.init
-    run.begin(dict(model=model, optimizer=optimizer, elastic=elastic) | task.trained)
-    if not run.history:
-        run.log(evaluate(task, model, elastic, config))
+class SupervisedSelfPlay(TranslationGame):
+    """The game with a second loss of the sender in each minibatch step."""
 
-    for update in run.updates():
-        # 1. Sample a response to each prompt
-        prompts = prompts_of(task, update, config, run.accelerator)
-        batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
+    def __init__(self, config: S2P):
+        super().__init__(config)
+        self.pairs, self.taken = translation_data(config)["sender"], nn.Module()
+        self.taken.register_buffer("minibatches", torch.tensor(0))  # in a module, so that checkpoints hold it
+        self.trained = self.trained | dict(taken=self.taken)
+        if not self.pairs:
+            raise ValueError("S2P needs the sender's pretraining pairs; name them by --sender_data")
 
-        # 2. Score: a reward for the response, a KL penalty for each of its tokens
-        scores = score(task, prompts, texts).to(model.policy.device)
-        with torch.no_grad():
-            logprobs, values, _ = model(batch)
-        stats = dict(train_reward=scores.mean(), entropy=-masked_mean(logprobs, batch["mask"]))
-        ref_logprobs = logprobs
-        if run.kl_coef:
-            ref_logprobs = reference_logprobs(model, elastic.by_name(reference), batch)
-            stats |= dict(train_kl=(logprobs - ref_logprobs).sum(1).mean(), kl_coef=run.kl_coef)
-        rewards = shape_rewards(scores, logprobs, ref_logprobs, batch["mask"], run.kl_coef)
-        stats = run.mean_over_processes(stats)
-
-        # 3. Advantages
-        advantages, returns = gae(rewards, values, batch["mask"], config.gamma, config.lam)
-        advantages = whiten(advantages, batch["mask"], run.accelerator.reduce)
-        batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
-
-        # 4. PPO epochs over minibatches, each beside as many pairs of French and human English
-        for epoch in range(config.num_ppo_epochs):
-            human = pairs_of(pairs, (update - 1) * config.num_ppo_epochs + epoch + 1, config, run.accelerator)
-            for rows in torch.randperm(len(prompts)).split(run.rows_per_step):
-                minibatch = {name: tensor[rows] for name, tensor in batch.items()}
-                minibatch_stats = ppo_backward(model, minibatch, config, run.accelerator)
-                minibatch_stats |= s2p_backward(task, [human[row] for row in rows], config, run.accelerator)
-                minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
-                stats |= run.mean_over_processes(minibatch_stats)
-            if config.ema_update == "epoch":
-                run.timed(elastic.update)
-            if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
-                break
-        stats = both(stats, run.mean_over_processes(task.learn(prompts, texts)))
-        if config.kl_target:
-            error = min(max(stats["train_kl"] / config.kl_target - 1, -0.2), 0.2)
-            run.kl_coef *= 1 + error * config.batch_size / 10_000
-
-        # 5. EMA <- decay * EMA + (1 - decay) * policy
-        if config.ema_update == "update":
-            run.timed(elastic.update)
-
-        # 6. Reset: policy <- EMA, EMA <- start
-        resets = config.reset != "none" and update % config.reset_every == 0
-        if resets:
-            run.log(evaluate(task, model, elastic, config), "before reset", stats)
-            run.timed(elastic.reset)
-
-        # 7. Evaluate and log
-        if resets or update % config.eval_every == 0 or update == config.updates:
-            run.log(evaluate(task, model, elastic, config), "after reset" if resets else "", stats)
-        run.save_if_due()
-
-    if run.history[-1]["update"] < run.update:
-        run.log(evaluate(task, model, elastic, config))
-    return run.finish(task, elastic)
-
-
-def pairs_of(pairs, number, config, accelerator):
-    """This process's pairs of an epoch, as many as it has responses. They depend on the epoch's number alone,
-    as a resumed run must see them again, and not on torch's random state."""
-    drawn = shuffled(pairs, config.batch_size, number, config.seed)
-    return drawn[accelerator.process_index :: accelerator.num_processes]
-
-
-def s2p_backward(task, pairs, config, accelerator):
-    """Adds the gradient of s2p_coef times the supervised loss to that of the policy."""
-    french, english = zip(*pairs, strict=True)
-    loss = likelihood_loss(task.policy, task.tokenizer, list(french), list(english), config.max_length)
-    accelerator.backward(config.s2p_coef * loss)
-    return dict(s2p_loss=loss.item())
+    def backward(self, n):
+        """Adds the gradient of s2p_coef times the supervised loss, on n pairs, to that of the policy."""
+        self.taken.minibatches += 1
+        config, accelerator = self.config, self.accelerator
+        pairs = shuffled(self.pairs, n, self.taken.minibatches.item(), config.seed)
+        french, english = zip(*pairs[accelerator.process_index :: accelerator.num_processes], strict=True)
+        texts = self.policy, self.tokenizer, list(french), list(english)
+        loss = likelihood_loss(*texts, config.max_length)
+        accelerator.backward(config.s2p_coef * loss)
+        return dict(s2p_loss=loss.item())
 
 
 # ================================================== SIL ===================================================
@@ -269,9 +191,8 @@ def configure_baseline(baseline, method="ppo", **given) -> Config:
 
 def train_baseline(config: Config) -> dict:
     """Trains and writes the run's files, as elastic_reset.train() does, which raises the same errors."""
-    if isinstance(config, S2P):
-        return train_s2p(config)
-    return elastic_reset.train(config, SeededIteratedLearning(config))
+    task = SupervisedSelfPlay if isinstance(config, S2P) else SeededIteratedLearning
+    return elastic_reset.train(config, task(config))
 
 
 class Parser(argparse.ArgumentParser):
@@ -305,7 +226,7 @@ def main(argv=None) -> int:
         print(f"baselines.py: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + getattr(error, "signum", signal.SIGINT)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
+        return 1 if isinstance(error, (FloatingPointError, RuntimeError)) else 2
 
 
 if __name__ == "__main__":

@@ -696,7 +696,7 @@ def main(argv=None) -> int:
         return 0
     except ChildProcessError as error:
         message, code = error, 1
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of flags, files or data
         message, code = error, 2
     except KeyboardInterrupt as stop:
         message, code = "stopped; the same command goes on", 128 + (stop.args or (signal.SIGINT,))[0]
