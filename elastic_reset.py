@@ -939,13 +939,13 @@ METHODS = {  # what each sets over the preset; of KL penalties see KL_COEFS too
     "reset-ema": dict(reset="ema"),
     "ema-reference": dict(reset="none", kl_reference="ema"),  # WARP's first stage, EMA-PG
 }
-KL_COEFS = {"translation/mini": 0.02, "translation/paper": 0.05, "imdb/mini": 0.01, "qa/mini": 0.3}
+KL_COEFS = {"translation/mini": 0.045, "translation/paper": 0.05, "imdb/mini": 0.01, "qa/mini": 0.3}
 
 IWSLT = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-{}-en/train/*.parquet"
 STACK = "hf://datasets/lvwerra/stack-exchange-paired/data"
 PRESETS = {
     "translation/mini": dict(
-        updates=400, batch_size=16, mini_batch_size=16, reset_every=100, ema_decay=0.98, kl_coef=0.01,
+        updates=400, batch_size=16, mini_batch_size=16, reset_every=100, ema_decay=0.98, kl_coef=0.03,
         eval_every=50,
     ),
     "translation/paper": dict(  # what is known of it; decay and period are not
