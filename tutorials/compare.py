@@ -341,6 +341,7 @@ def delivered(histories, configs):
     """What every method delivers: (label, method, {knob: value}, {seed: evaluation}) tuples."""
     for label, runs in histories.items():
         method, knobs = method_of(label), {knob: configs[label][knob] for knob in KNOBS}
+        label = without(("average", "mixtures"), label)
         yield label, method, knobs, {seed: during_training(h)[-1] for seed, h in runs.items()}
         for event in [line["event"] for line in next(iter(runs.values())) if is_after(line)]:
             ends = {seed: next(e for e in h if e["event"] == event) for seed, h in runs.items()}
@@ -356,10 +357,15 @@ def delivered(histories, configs):
 
 def method_of(label):
     """The method that a label is a setting of: its name without values of the knobs."""
-    method, *own = split_label(label)
-    rest = [f"{name}={value}" for name, value in own if name not in (*KNOBS, "average", "mixtures")]
+    method, *own = split_label(without((*KNOBS, "average", "mixtures"), label))
     method = "ppo-kl" if method == "ppo" else method.rpartition(":")[2]
-    return ":".join([method, *rest])
+    return ":".join([method, *(f"{name}={value}" for name, value in own)])
+
+
+def without(names, label):
+    """A label without some of its settings."""
+    method, *own = split_label(label)
+    return ":".join([method, *(f"{name}={value}" for name, value in own if name not in names)])
 
 
 def is_after(line):
@@ -518,10 +524,9 @@ def plot_tradeoff(record, path):
     figure, styles = Figure(figsize=(11, 5.6), layout="constrained"), styles_of(summary["methods"])
     plane, over_time = figure.subplots(1, 2)
     draw_front(plane, summary, styles)
-    labels = ["ppo", *(numbers["chosen"] for numbers in summary["methods"].values())]
-    draw_over_time(
-        over_time, {x: record["runs"][x] for x in labels if x in record["runs"]}, styles_of(labels)
-    )
+    runs = {without(("average", "mixtures"), label): runs for label, runs in record["runs"].items()}
+    labels = dict.fromkeys(["ppo", *(numbers["chosen"] for numbers in summary["methods"].values())])
+    draw_over_time(over_time, {x: runs[x] for x in labels if x in runs}, styles_of(labels))
     unit = UNITS[next(iter(record["configs"].values()))["task"]]
     plane.set(xlabel=f"drift ({unit})", ylabel="reward")
     over_time.set(xlabel="update", ylabel=f"drift ({unit})")
@@ -558,7 +563,7 @@ def draw_front(axes, summary, styles):
     axes.annotate(text, (low, bottom if far else start["reward"]), (9, -3), textcoords="offset points")
     axes.axvline(high, color="0.8", linewidth=1, zorder=0)
     arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center")
-    axes.annotate("better", (0.02, 0.98), (0.14, 0.88), "axes fraction", **arrow)
+    axes.annotate("better", (0.42, 0.62), (0.54, 0.52), "axes fraction", **arrow)
     text = "\n".join(["beyond this panel", *beyond]) if beyond else ""
     axes.text(0.98, 0.02, text, transform=axes.transAxes, ha="right", fontsize=8)
 
