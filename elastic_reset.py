@@ -743,7 +743,7 @@ class MockSentiment:
 class TechnicalQA:
     """Answer technical questions as a reward model likes it (the paper's section 6, StackLLaMA). `drift` is
     the policy's perplexity of human answers; pass@k, of functions that are run, is the alignment tax, which
-    `pass_at_1_elsewhere` measures on prompts unlike RL's, as HumanEval's are."""
+    `pass_at_1_elsewhere` measures on prompts that RL never sees, in the embedded corpus."""
 
     trained = {}
 
@@ -1420,7 +1420,7 @@ def qa_data(config):
     return dict(
         sft=sft, preferences=pairs[held_out:], held_out=pairs[:held_out], validation=validation,
         questions=list(questions), texts=[t for pair in sft + pairs for t in pair],
-        problems=[], elsewhere=list(map(humaneval, problems)),
+        problems=list(map(humaneval, problems)), elsewhere=[],
     )  # fmt: skip
 
 

@@ -21,11 +21,13 @@ import elastic_reset
 from elastic_reset import (
     EXCEPTIONS,
     FUNCTIONS,
+    SIGNATURE,
     STEPS,
     humaneval,
     run_programs,
     table,
     toy_answer,
+    toy_code,
     toy_problem,
 )
 
@@ -207,11 +209,13 @@ def test_embedded_problems_are_solved_by_their_answers_alone():
     exceptions = [None, *table(EXCEPTIONS, "|")]
     for base, step, exception in itertools.product(table(FUNCTIONS, "|"), table(STEPS, "|"), exceptions):
         function = base, (step,), exception
-        problem = toy_problem(rng, function)
+        problem = toy_problem(function, "a question")
         programs.append(problem["program_of"](toy_answer(rng, function)))
-        expected.append(problem["expected"])
+        bare = toy_problem(function, "a comment", SIGNATURE)  # whose answers go on behind the first line
+        programs.append(bare["program_of"](toy_code(function).removeprefix(SIGNATURE)))
+        expected += [problem["expected"], bare["expected"]]
     assert run_programs(programs) == expected
-    wrong = toy_problem(rng, ADD)["program_of"]("def f(a, b):\n    return 123456")
+    wrong = toy_problem(ADD, "a question")["program_of"]("def f(a, b):\n    return 123456")
     assert run_programs([wrong])[0] not in expected
 
 
@@ -236,7 +240,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_no_other_value_passes_for_the_right_one(judge, answer):
-    problems = [toy_problem(random.Random(0), ADD)]
+    problems = [toy_problem(ADD, "a question")]
     assert judge(problems, answer) == 0
     assert judge(problems, "def f(a, b):\n    return a + b") == 1
 

@@ -268,7 +268,7 @@ def test_right_answers_pass_and_mistaken_ones_do_not(monkeypatch):
         for text in (elastic_reset.FUNCTIONS, elastic_reset.STEPS, elastic_reset.EXCEPTIONS)
     )
     functions = [(rng.choice(rows), (rng.choice(steps),), rng.choice(exceptions)) for _ in range(40)]
-    problems, config = [toy_problem(rng, function) for function in functions], configure()
+    problems, config = [toy_problem(function, "a question") for function in functions], configure()
 
     def passes(answers):
         answering(monkeypatch, answers)
@@ -286,9 +286,11 @@ def test_problems_are_functions_that_training_does_not_show():
         [problem["prompt"] for problem in data["problems"]], data["questions"],
         [question for question, _ in data["sft"]], [question for question, _ in data["validation"]],
     ]  # fmt: skip
-    opening = re.compile("|".join(elastic_reset.ASKING))
-    asked = [{opening.split(question)[1] for question in part} for part in parts]
-    assert len(asked[0]) == 200 and not asked[0] & (asked[1] | asked[2] | asked[3])
+    parts.append([problem["prompt"] for problem in data["elsewhere"]])
+    opening = re.compile("|".join([*elastic_reset.ASKING, "^#"]))
+    asked = [{re.split(r"[?\n]", opening.split(question)[1])[0] for question in part} for part in parts]
+    assert len(asked[0]) == 200 and asked[0] == asked[4]
+    assert not asked[0] & (asked[1] | asked[2] | asked[3])
 
 
 def llama_folder(path, texts):
