@@ -211,7 +211,7 @@ def test_small_worlds_are_those_of_the_recorded_results():
     assert digest({name: reviews[name] for name in ("train", "validation")}) == expected
     parts = ("sft", "preferences", "held_out", "questions", "validation", "texts")
     prompts = dict(problems=[problem["prompt"] for problem in qa["problems"]])
-    expected = "90f3250c0f186459390b6b3b9d59c9a8006d3be4287311443bc7750ffd8b5f26"
+    expected = "5a13f754febd97af69c42a373e96a7e2ab2ae94c9a521696923e771bd92aad7c"
     assert digest({name: qa[name] for name in parts} | prompts) == expected
     expected = "a10fc9dfccb77410be6441d11756f9fbd23cc73087722c5b6cf34505ceec7642"
     assert digest([json.loads(problem["expected"]) for problem in qa["problems"]]) == expected
