@@ -995,6 +995,8 @@ def configure(task="custom", method="elastic-reset", preset="mini", **given) -> 
     """Defaults < the task's preset < the method < `given`."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    if unknown := given.keys() - {f.name for f in fields(Config)}:
+        raise ValueError(f"unknown setting {min(unknown)!r}; --help lists them all")
     layers = PRESETS.get(f"{task}/{preset}", {}) | METHODS[method]
     if method in ("ppo-kl", "ema-reference"):
         layers["kl_coef"] = KL_COEFS.get(f"{task}/{preset}", layers.get("kl_coef", 0.0))

@@ -15,7 +15,7 @@ import elastic_reset  # noqa: E402
 
 TINY = dict(
     updates=4, batch_size=16, mini_batch_size=8, eval_every=2, eval_size=16, save_every=1, reset_every=2,
-    d_model=16, pretrain_updates=20, pretrain_batch_size=16,
+    d_model=16, pretrain_updates=20, pretrain_batch_size=16, kl_coef=0.0,
 )  # fmt: skip
 
 
