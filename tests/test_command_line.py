@@ -143,7 +143,7 @@ def test_layers_of_settings(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("learning_rat: 1", "unexpected keyword argument 'learning_rat'"),
+        ("learning_rat: 1", "unknown setting 'learning_rat'"),
         ("updates: many", "updates is 'many'; expected integer"),
         ("model:", "model is None; expected text"),
         ("- updates", "expected lines like kl_coef: 0.05"),
@@ -203,7 +203,7 @@ def test_flags_survive_the_way_to_another_process():
         (dict(resume=1), "resume is 1; expected true.false"),
         (dict(sender_data="abc"), "sender_data is 'abc'; expected texts"),
         (dict(reset="never"), "reset is 'never'; expected elastic, ema, init, none"),
-        (dict(updats=3), "unexpected keyword argument 'updats'"),
+        (dict(updats=3), "unknown setting 'updats'"),
     ],
 )
 def test_wrong_settings_from_python(wrong, message):
