@@ -72,8 +72,8 @@ def table(summaries):
         "start": lambda summary: dict(reward=[summary["start"]["reward"]], drift=[summary["start"]["drift"]]),
         "PPO": lambda summary: settings_of(summary, "ppo-kl").get(0.0),
         "Elastic Reset alone": lambda summary: settings_of(summary, "elastic-reset").get(0.0),
-        "KL penalty, tuned": lambda summary: chosen(summary, "ppo-kl"),
-        "Elastic Reset with a KL penalty, tuned": lambda summary: chosen(summary, "elastic-reset"),
+        "KL penalty, best tried": lambda summary: chosen(summary, "ppo-kl"),
+        "Elastic Reset with a KL penalty, best tried": lambda summary: chosen(summary, "elastic-reset"),
     }
     names = ["", *(f"{TASKS[task]}: {number}" for task in summaries for number in ("reward", "drift"))]
     lines = []
