@@ -636,7 +636,7 @@ class TranslationGame:
 
     def __init__(self, config: "Config"):
         self.config, data, kind = config, translation_data(config), "Seq2SeqLM"
-        self.validation = data["validation"][: config.eval_size]
+        self.sender_pairs, self.validation = data["sender"], data["validation"][: config.eval_size]
         self.known = data.get("known", data["validation"])[: config.eval_size]
         self.validation_prompts = [row["fr"] for row in self.validation]
         self.german = {row["fr"]: row["de"] for row in reversed(data["train"])}  # the first of several

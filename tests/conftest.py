@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import elastic_reset  # noqa: E402
+from elastic_reset import TranslationGame  # noqa: E402
 
 TINY = dict(
     updates=4, batch_size=16, mini_batch_size=8, eval_every=2, eval_size=16, save_every=1, reset_every=2,
@@ -43,6 +44,24 @@ def metrics_of(folder):
     """The lines of a run's metrics.jsonl, without the seconds, which differ from run to run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_within_update(number, run, monkeypatch):
+    """Calls run(), a training of the game, which dies within its `number`-th update."""
+    learn, before = TranslationGame.learn, iter(range(number - 1))
+
+    def dying(self, *args):
+        if next(before, None) is None:
+            raise Killed
+        return learn(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TranslationGame, "learn", dying)
+        run()
 
 
 def contents(folder):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, metrics_of
+from conftest import ROOT, killed_within_update, metrics_of
 
 import elastic_reset
-from elastic_reset import TranslationGame, configure, likelihood_loss, shuffled
+from elastic_reset import configure, likelihood_loss, shuffled
 from tutorials.baselines import (
     SeededIteratedLearning,
     SupervisedSelfPlay,
@@ -37,7 +37,7 @@ def test_s2p_adds_its_gradient(tiny):
     config = configure_baseline("S2P", **tiny | dict(s2p_coef=3.0))
     task = SupervisedSelfPlay(config)
     task.policy.zero_grad()
-    pairs = shuffled(task.pairs, 4, 1, config.seed)
+    pairs = shuffled(task.sender_pairs, 4, 1, config.seed)
     texts = [list(column) for column in zip(*pairs, strict=True)]
     loss = likelihood_loss(task.policy, task.tokenizer, *texts, config.max_length)
     p = task.policy.get_output_embeddings().weight
@@ -130,22 +130,8 @@ def test_a_resumed_run_is_identical(tiny, tmp_path, baseline, monkeypatch):
     train_baseline(whole)
     part = configure_baseline(baseline, **flags | dict(output_dir=str(tmp_path / "part"), resume=True))
 
-    class Killed(Exception):
-        pass
-
-    learn = TranslationGame.learn
-    for updates in (1, 1, 1):
-        calls = iter(range(updates))
-
-        def dying(self, *args, calls=calls):
-            if next(calls, None) is None:
-                raise Killed
-            return learn(self, *args)
-
-        monkeypatch.setattr(TranslationGame, "learn", dying)
-        with pytest.raises(Killed):
-            train_baseline(part)
-    monkeypatch.setattr(TranslationGame, "learn", learn)
+    for _ in range(3):
+        killed_within_update(2, lambda: train_baseline(part), monkeypatch)
     train_baseline(part)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "part")
     for name in ("model", "receiver"):

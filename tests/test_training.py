@@ -1,6 +1,7 @@
 """Sections 3 and 8: the loop, a run's folder, its checkpoints, interruptions, several processes."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, contents, metrics_of
+from conftest import ROOT, contents, killed_within_update, metrics_of
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import elastic_reset
@@ -276,23 +277,9 @@ def test_resumed_run_is_identical(tiny, tmp_path, flags, monkeypatch):
     train(configure(**whole))
     part = whole | dict(output_dir=str(tmp_path / "part"), resume=True)
 
-    class Killed(Exception):
-        pass
-
-    learn = TranslationGame.learn
-    for stop in (2, 1, 1):  # die within update 2, then within update 2 and 3, the first after resuming
-        calls = iter(range(stop - 1))
-
-        def dying(self, *args, calls=calls):
-            if next(calls, None) is None:
-                raise Killed
-            return learn(self, *args)
-
-        monkeypatch.setattr(TranslationGame, "learn", dying)
-        with pytest.raises(Killed):
-            train(configure(**part))
+    for number in (2, 1, 1):  # die within update 2, then within update 2 and 3, the first after resuming
+        killed_within_update(number, functools.partial(train, configure(**part)), monkeypatch)
         part |= dict(save_every=2)  # may be changed on the way
-    monkeypatch.setattr(TranslationGame, "learn", learn)
     train(configure(**part))
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "part")
     for name in ("model", "receiver"):

@@ -59,6 +59,7 @@ def test_the_evidence_is_drawn_from_the_records():
     assert len(evidence.picture(found).axes) == 3
     start, ppo = (line.split(" | ")[1] for line in evidence.table(found).splitlines()[2:4])
     assert float(start) < float(ppo.split(" ± ")[0])
+    assert evidence.table(found) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run_py(*words, folder):

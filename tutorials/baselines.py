@@ -61,7 +61,6 @@ from elastic_reset import (
     parse_flags,
     respond,
     shuffled,
-    translation_data,
 )
 
 
@@ -88,17 +87,17 @@ class SupervisedSelfPlay(TranslationGame):
 
     def __init__(self, config: S2P):
         super().__init__(config)
-        self.pairs, self.taken = translation_data(config)["sender"], nn.Module()
+        self.taken = nn.Module()
         self.taken.register_buffer("minibatches", torch.tensor(0))  # in a module, so that checkpoints hold it
         self.trained = self.trained | dict(taken=self.taken)
-        if not self.pairs:
+        if not self.sender_pairs:
             raise ValueError("S2P needs the sender's pretraining pairs; name them by --sender_data")
 
     def backward(self, n):
         """Adds the gradient of s2p_coef times the supervised loss, on n pairs, to that of the policy."""
         self.taken.minibatches += 1
         config, accelerator = self.config, self.accelerator
-        pairs = shuffled(self.pairs, n, self.taken.minibatches.item(), config.seed)
+        pairs = shuffled(self.sender_pairs, n, self.taken.minibatches.item(), config.seed)
         french, english = zip(*pairs[accelerator.process_index :: accelerator.num_processes], strict=True)
         texts = self.policy, self.tokenizer, list(french), list(english)
         loss = likelihood_loss(*texts, config.max_length)

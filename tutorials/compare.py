@@ -79,7 +79,7 @@ def compare(labels, seeds, jobs, given, command=(), chosen=None):
     record = dict(command=["tutorials/compare.py", *command], commit=commit(), torch=torch.__version__)
     record |= dict(chosen=chosen or {}, configs=configs, runs=rounded(histories))
     write_text(folder / "tradeoff.json", json.dumps(record))
-    return write_results(read_record(folder), folder)
+    return write_results(record | dict(summary=tradeoff(record)), folder)
 
 
 def expanded(methods):
@@ -87,8 +87,8 @@ def expanded(methods):
     labels = []
     for label in methods.split(","):
         method, *own = split_label(label.strip())
-        choices = [[f"{name}={value}" for value in values.split("|")] for name, values in own]
-        labels += [":".join([method, *settings]) for settings in itertools.product(*choices)]
+        choices = [[(name, value) for value in values.split("|")] for name, values in own]
+        labels += [join_label(method, settings) for settings in itertools.product(*choices)]
     return labels
 
 
@@ -96,6 +96,11 @@ def split_label(label):
     """ "ppo-kl:kl_coef=0.1" -> ["ppo-kl", ("kl_coef", "0.1")]"""
     method, *own = re.split(r":(?=\w+=)", label)
     return [method, *(tuple(setting.split("=", 1)) for setting in own)]
+
+
+def join_label(method, own, separator=":"):
+    """The inverse of split_label()."""
+    return separator.join([method, *(f"{name}={value}" for name, value in own)])
 
 
 def settings_of(label, seed, given, folder):
@@ -110,14 +115,14 @@ def settings_of(label, seed, given, folder):
     etas = [round(k / (int(mixtures) + 1), 2) for k in range(1, int(mixtures) + 1)]
     afterwards = {f"eta {eta:.2f}": eta for eta in etas} | ({"average": None} if average == "1" else {})
     file, _, baseline = method.rpartition(":")
-    name = quote(",".join([baseline, *(f"{name}={value}" for name, value in own.items())]), safe=",=")
+    name = quote(join_label(baseline, own.items(), ","), safe=",=")  # a value may be a path
+    flags = [f"--{name}={value}" for name, value in own.items()]
     place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
     if not file:
-        flags = parse_flags([f"--{name}={value}" for name, value in own.items()])
-        return configure(**given | flags | place | dict(method=method)), afterwards
+        return configure(**given | parse_flags(flags) | place | dict(method=method)), afterwards
     program = program_at(file)
-    _, flags = program.parse([baseline, *(f"--{name}={value}" for name, value in own.items())])
-    return program.configure_baseline(baseline, **given | flags | place), afterwards
+    _, own = program.parse([baseline, *flags])
+    return program.configure_baseline(baseline, **given | own | place), afterwards
 
 
 def program_at(file):
@@ -359,13 +364,13 @@ def method_of(label):
     """The method that a label is a setting of: its name without values of the knobs."""
     method, *own = split_label(without((*KNOBS, "average", "mixtures"), label))
     method = "ppo-kl" if method == "ppo" else method.rpartition(":")[2]
-    return ":".join([method, *(f"{name}={value}" for name, value in own)])
+    return join_label(method, own)
 
 
 def without(names, label):
     """A label without some of its settings."""
     method, *own = split_label(label)
-    return ":".join([method, *(f"{name}={value}" for name, value in own if name not in names)])
+    return join_label(method, [(name, value) for name, value in own if name not in names])
 
 
 def is_after(line):
@@ -514,6 +519,11 @@ def styles_of(names):
     return styles
 
 
+def drift_axis(record):
+    """What a drift axis is called; all methods of a record have the same task."""
+    return f"drift ({UNITS[next(iter(record['configs'].values()))['task']]})"
+
+
 def plot_tradeoff(record, path):
     """Left: reward against drift, a curve per method over its settings, the chosen one large. Right: the
     drift of the chosen settings and of plain PPO over the updates. Means over the seeds with standard errors.
@@ -527,9 +537,8 @@ def plot_tradeoff(record, path):
     runs = {without(("average", "mixtures"), label): runs for label, runs in record["runs"].items()}
     labels = dict.fromkeys(["ppo", *(numbers["chosen"] for numbers in summary["methods"].values())])
     draw_over_time(over_time, {x: runs[x] for x in labels if x in runs}, styles_of(labels))
-    unit = UNITS[next(iter(record["configs"].values()))["task"]]
-    plane.set(xlabel=f"drift ({unit})", ylabel="reward")
-    over_time.set(xlabel="update", ylabel=f"drift ({unit})")
+    plane.set(xlabel=drift_axis(record), ylabel="reward")
+    over_time.set(xlabel="update", ylabel=drift_axis(record))
     rows = math.ceil(sum(len(method) + 7 for method in styles) / 120)  # of the legend, by its characters
     shown, columns = plane.get_legend_handles_labels(), math.ceil(len(styles) / rows)
     figure.legend(*shown, loc="outside lower center", ncols=columns, frameon=False)
@@ -539,7 +548,7 @@ def plot_tradeoff(record, path):
 def draw_front(axes, summary, styles):
     """The panel ends where drift has grown twice as far as the range; what lies beyond is listed in it."""
     start, (low, high) = summary["start"], summary["range"]
-    limit, rewards, beyond = low + 2 * (high - low), [start["reward"]], []
+    limit, shown, beyond = low + 2 * (high - low), [], []
     for method, numbers in summary["methods"].items():
         style, own = styles[method], [summary["settings"][label] for label in numbers["labels"]]
         own.sort(key=lambda setting: list(setting["knobs"].values()))
@@ -550,17 +559,17 @@ def draw_front(axes, summary, styles):
         large = [setting["label"] for setting in own].index(numbers["chosen"])
         axes.plot(drift[large], reward[large], **style | dict(linestyle=""), markersize=10)
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
-        rewards += [r for r, d in zip(reward, drift, strict=True) if d <= limit]
+        shown += [(d, r) for r, d in zip(reward, drift, strict=True) if d <= limit]
         beyond += [f"{own[0]['label']}: {reward[0]:.3g} at {drift[0]:.3g}"] * (drift[0] > limit)
-    top = max(rewards)
-    bottom = top - 1.5 * (top - sorted(rewards)[len(rewards) // 10 + 1 if len(rewards) > 1 else 0])
-    far = start["reward"] < bottom
-    bottom = bottom if far else min(rewards)
-    margin = 0.06 * (top - bottom or 1)
-    axes.set(xlim=(min(low, *axes.get_xlim()), limit), ylim=(bottom - margin, top + margin))
-    axes.plot(low, bottom if far else start["reward"], "k*", markersize=10, zorder=4)
+    drifts, rewards = zip(*(shown or [(low, start["reward"])]), strict=True)
+    left, bottom, top = min(low, *drifts), min(rewards), max(rewards)
+    far = start["reward"] < bottom - (top - bottom)  # then its star stands at the lower edge
+    floor = bottom - 0.1 * (top - bottom or 1) if far else min(bottom, start["reward"])
+    margin = 0.06 * (top - floor or 1)
+    axes.set(xlim=(left - 0.06 * (limit - left), limit), ylim=(floor - margin, top + margin))
+    axes.plot(low, max(floor, start["reward"]), "k*", markersize=10, zorder=4)
     text = f"start, far below: {start['reward']:.3g}" if far else "start"
-    axes.annotate(text, (low, bottom if far else start["reward"]), (9, -3), textcoords="offset points")
+    axes.annotate(text, (low, max(floor, start["reward"])), (9, -3), textcoords="offset points")
     axes.axvline(high, color="0.8", linewidth=1, zorder=0)
     arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center")
     axes.annotate("better", (0.42, 0.62), (0.54, 0.52), "axes fraction", **arrow)
@@ -591,6 +600,7 @@ def draw_over_time(axes, runs_of, styles):
 def plot_choice(record, path):
     """Reward and drift against the KL coefficient, a line per method; 0 stands left of the others."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     summary = record["summary"]
     found, (low, high) = methods_along(summary, "kl_coef"), summary["range"]
@@ -604,6 +614,7 @@ def plot_choice(record, path):
             places = [setting["knobs"]["kl_coef"] or zero for setting in own]
             axes.errorbar(places, mean, error, **styles[method], label=method, markersize=5, linewidth=1.2)
         axes.set(xscale="log", xlabel="KL coefficient", ylabel=name)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if 0.0 in values:
             axes.set_xticks([zero, *axes.get_xticks()[1:-1]])
             axes.set_xticklabels(["0", *(f"{tick:g}" for tick in axes.get_xticks()[1:])])
@@ -611,15 +622,14 @@ def plot_choice(record, path):
     panels[1].axhline(low, color="0.4", linewidth=1, zorder=0)
     panels[1].annotate("start", (1.5 * max(values), low), (4, -3), textcoords="offset points", color="0.4")
     panels[1].set_ylim(top=low + 2 * (high - low))
-    unit = UNITS[next(iter(record["configs"].values()))["task"]]
-    panels[1].set_ylabel(f"drift ({unit})")
+    panels[1].set_ylabel(drift_axis(record))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, format="png", dpi=200)
 
 
 def plot_basin(record, path):
-    """A map per method, KL coefficient by learning rate: the gain in reward of each cell, written over a
-    colour, and framed where the cell ends well. The share of such cells stands above the map."""
+    """A map per method, KL coefficient by learning rate: the gain in reward of each cell as its colour, its
+    drift as a number, bold where the cell ends well. How many cells do stands above the map."""
     from matplotlib.figure import Figure
 
     summary = record["summary"]

@@ -22,8 +22,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import elastic_reset  # noqa: E402
 from elastic_reset import TranslationGame, configure, train  # noqa: E402
+from tutorials.compare import STYLES  # noqa: E402
 
-METHODS = {"ppo": ("PPO", "#D55E00"), "elastic-reset": ("PPO with Elastic Reset", "#0072B2")}
+METHODS = {"ppo": "PPO", "elastic-reset": "PPO with Elastic Reset"}
 PANELS = {  # the limits, and where the last value is written
     "drift": ((0.15, 0.75), (0.02, 0.98)),
     "reward": ((-0.45, 0.0), (0.99, 0.22)),
@@ -137,8 +138,8 @@ def draw(runs, captions, which, moment):
     """A frame as an image. `moment`: how many evaluations of Elastic Reset's there have been."""
     human, now = captions["human English"][which], runs["elastic-reset"][moment]
     figure = Figure(figsize=(9, 5.8), facecolor="white")
-    for column, (method, (title, color)) in enumerate(METHODS.items()):
-        left = 0.07 + 0.5 * column
+    for column, (method, title) in enumerate(METHODS.items()):
+        left, (color, _) = 0.07 + 0.5 * column, STYLES[method]
         lines = [line for line in runs[method] if line["update"] <= now["update"]]
         if method == "elastic-reset":
             lines = runs[method][: moment + 1]
