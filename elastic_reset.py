@@ -90,7 +90,7 @@ class ElasticReset:
     """
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
-        if not 0 <= decay <= 1 or reset_every not in range(1, 10**18) or reset not in RESET_RULES:
+        if not 0 <= decay <= 1 or not reset_every >= 1 or reset_every % 1 or reset not in RESET_RULES:
             settings = f"decay {decay}, reset_every {reset_every}, reset {reset!r}"
             raise ValueError(f"{settings}; expected 0 to 1, 1 or more, one of {', '.join(RESET_RULES)}")
         self.decay, self.reset_every, self.rule = decay, int(reset_every), reset
