@@ -173,7 +173,7 @@ def test_a_kl_method_needs_a_coefficient():
 
 
 def test_a_run_is_repeated_by_its_config(tiny, tmp_path, capsys):
-    first = elastic_reset.train(configure(**tiny | dict(method="ppo-kl", learning_rate=1e-5)))
+    first = elastic_reset.train(configure(**tiny | dict(method="ppo-kl", kl_coef=0.1, learning_rate=1e-5)))
     config, again = str(tmp_path / "run" / "config.json"), str(tmp_path / "again")
     assert main(["--config", config, "--output_dir", again]) == 0
     saved = [json.loads((tmp_path / run / "config.json").read_text()) for run in ("run", "again")]
