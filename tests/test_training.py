@@ -575,13 +575,13 @@ def test_two_processes_do_what_one_does(tiny, tmp_path):
 
 
 def test_learning_of_the_embedded_game(tmp_path):
-    """The default game, shortened: well above start and fixed sender, and the English no less human."""
-    flags = dict(pretrain_updates=600, updates=30, reset_every=15, eval_every=30, eval_size=128)
+    """The default game, shortened: well above start and fixed sender, and hardly any English is lost."""
+    flags = dict(updates=50, reset_every=50, eval_every=50, eval_size=128)
     ends = {}
     for method in ("elastic-reset", "fixed-sender"):
         result = train(configure("translation", method, **flags, output_dir=str(tmp_path / method)))
         ends[method] = result["end"]
     start, end, fixed = result["start"], ends["elastic-reset"], ends["fixed-sender"]
-    assert end["reward"] > fixed["reward"] + 0.05 > start["reward"] + 0.5
+    assert end["reward"] > fixed["reward"] + 0.1 > start["reward"] + 1
     assert end["bleu_de"] > max(start["bleu_de"], fixed["bleu_de"]) + 15
-    assert end["bleu_en"] > start["bleu_en"] + 15 and end["drift"] <= start["drift"]
+    assert end["bleu_en"] > start["bleu_en"] + 15 and end["drift"] < 1.3 * start["drift"]
