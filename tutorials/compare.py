@@ -541,7 +541,8 @@ def plot_tradeoff(record, path):
     over_time.set(xlabel="update", ylabel=drift_axis(record))
     rows = math.ceil(sum(len(method) + 7 for method in styles) / 120)  # of the legend, by its characters
     shown, columns = plane.get_legend_handles_labels(), math.ceil(len(styles) / rows)
-    figure.legend(*shown, loc="outside lower center", ncols=columns, frameon=False)
+    how = dict(loc="outside lower center", ncols=columns, frameon=False, title_fontsize=9)
+    figure.legend(*shown, title="large: the setting that was chosen", **how)
     figure.savefig(path, format="png", dpi=200)
 
 
@@ -552,15 +553,23 @@ def draw_front(axes, summary, styles):
     for method, numbers in summary["methods"].items():
         style, own = styles[method], [summary["settings"][label] for label in numbers["labels"]]
         own.sort(key=lambda setting: list(setting["knobs"].values()))
-        drift, drift_error = zip(*(mean_and_error(setting["drift"]) for setting in own), strict=True)
-        reward, reward_error = zip(*(mean_and_error(setting["reward"]) for setting in own), strict=True)
-        look = style | dict(markersize=4, linewidth=1, elinewidth=0.7)
-        axes.errorbar(drift, reward, reward_error, drift_error, **look)
-        large = [setting["label"] for setting in own].index(numbers["chosen"])
-        axes.plot(drift[large], reward[large], **style | dict(linestyle=""), markersize=10)
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
-        shown += [(d, r) for r, d in zip(reward, drift, strict=True) if d <= limit]
-        beyond += [f"{own[0]['label']}: {reward[0]:.3g} at {drift[0]:.3g}"] * (drift[0] > limit)
+        places = []
+        for setting in own:
+            (drift, drift_error), (reward, reward_error) = (
+                mean_and_error(setting[name]) for name in ("drift", "reward")
+            )
+            if drift > limit:
+                beyond += [f"{setting['label']}: {reward:.3g} at {drift:.3g}"] * (setting is own[0])
+                continue
+            places.append((drift, reward))
+            alone = setting["label"] == "ppo" and "ppo" not in styles  # it is the first point of ppo-kl
+            look = style | (dict(zip(("color", "marker"), STYLES["ppo"], strict=True)) if alone else {})
+            look |= dict(markersize=10 if setting["label"] == numbers["chosen"] else 4, linestyle="")
+            axes.errorbar(drift, reward, reward_error, drift_error, elinewidth=0.7, **look)
+        line = zip(*places, strict=True) if places else ([], [])
+        axes.plot(*line, **style | dict(marker=""), linewidth=1)
+        shown += places
     drifts, rewards = zip(*(shown or [(low, start["reward"])]), strict=True)
     left, bottom, top = min(low, *drifts), min(rewards), max(rewards)
     far = start["reward"] < bottom - (top - bottom)  # then its star stands at the lower edge
@@ -571,6 +580,8 @@ def draw_front(axes, summary, styles):
     text = f"start, far below: {start['reward']:.3g}" if far else "start"
     axes.annotate(text, (low, max(floor, start["reward"])), (9, -3), textcoords="offset points")
     axes.axvline(high, color="0.8", linewidth=1, zorder=0)
+    look = dict(transform=axes.get_xaxis_transform(), va="top", fontsize=8)
+    axes.text(high, 0.99, " 1.5 times the start's drift", **look)
     arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center")
     axes.annotate("better", (0.42, 0.62), (0.54, 0.52), "axes fraction", **arrow)
     text = "\n".join(["beyond this panel", *beyond]) if beyond else ""
@@ -603,7 +614,7 @@ def plot_choice(record, path):
     from matplotlib.ticker import NullFormatter
 
     summary = record["summary"]
-    found, (low, high) = methods_along(summary, "kl_coef"), summary["range"]
+    found, low = methods_along(summary, "kl_coef"), summary["start"]["drift"]
     figure, styles = Figure(figsize=(11, 4.6), layout="constrained"), styles_of(summary["methods"])
     panels, values = figure.subplots(1, 2), {s["knobs"]["kl_coef"] for own in found.values() for s in own}
     zero = min(values - {0.0}) / 3
@@ -621,7 +632,8 @@ def plot_choice(record, path):
         axes.set_xlim(zero / 1.5, 1.5 * max(values))
     panels[1].axhline(low, color="0.4", linewidth=1, zorder=0)
     panels[1].annotate("start", (1.5 * max(values), low), (4, -3), textcoords="offset points", color="0.4")
-    panels[1].set_ylim(top=low + 2 * (high - low))
+    if panels[1].get_ylim()[1] > 5 * low:
+        panels[1].set_yscale("log", nonpositive="clip")
     panels[1].set_ylabel(drift_axis(record))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, format="png", dpi=200)

@@ -13,11 +13,12 @@ def about_100_characters(completions, **kwargs):
     return [-abs(100 - len(text)) / 100 for text in completions]
 
 
-model, steps = sys.argv[1], int(sys.argv[2])
+model, period = sys.argv[1], int(sys.argv[2]) // 4
 gpu = torch.accelerator.is_available()
 sharded = dict(fsdp=True, fsdp_config=dict(version=2)) if gpu else {}  # FSDP2; on the CPU it is DDP
-how = dict(max_steps=steps, save_steps=steps // 4, lr_scheduler_type="constant", max_completion_length=64)
+how = dict(max_steps=4 * period, save_steps=period, lr_scheduler_type="constant", max_completion_length=64)
 arguments = GRPOConfig("runs/grpo", bf16=gpu, use_cpu=not gpu, **how, **sharded)
-callback = ElasticResetCallback(decay=0.995, reset_every=steps // 4)
+decay = 0.2 ** (1 / period)  # so that a fifth of each reset is the start
+callback = ElasticResetCallback(decay=decay, reset_every=period)
 prompts = Dataset.from_list([{"prompt": "Tell me a story."}] * 1000)
 GRPOTrainer(model, about_100_characters, arguments, prompts, callbacks=[callback]).train()
