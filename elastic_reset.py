@@ -945,7 +945,7 @@ IWSLT = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-{}-en/
 STACK = "hf://datasets/lvwerra/stack-exchange-paired/data"
 PRESETS = {
     "translation/mini": dict(
-        updates=400, batch_size=16, mini_batch_size=16, reset_every=100, ema_decay=0.98, kl_coef=0.03,
+        updates=400, batch_size=16, mini_batch_size=16, reset_every=50, ema_decay=0.96, kl_coef=0.03,
         eval_every=50,
     ),
     "translation/paper": dict(  # what is known of it; decay and period are not
