@@ -4,8 +4,8 @@
 
 The first call trains both policies, which takes some minutes, and keeps what they wrote at each evaluation
 in runs/saw_tooth. Later calls only draw. A caption stammers when a word comes twice in a row. The one shown
-is that whose stammer was ended by most resets, the first of several, so it is no average one. How many of
-the held-out captions stammer, at the start and at the end, is printed."""
+stammers at the end of PPO, and most resets have ended its stammer, so it is no average one. How many of the
+held-out captions stammer, at the start and at the end, is printed."""
 
 import io
 import json
@@ -74,16 +74,16 @@ def stammers(sentence):
     return any(a == b for a, b in zip(words, words[1:], strict=False))
 
 
-def most_repaired(history):
-    """The caption in which most resets ended a stammer."""
+def most_repaired(history, ppo_end):
+    """Of the captions that stammer at the end of PPO, the one in which most resets ended a stammer."""
     resets = [
         (before["english"], after["english"])
         for before, after in zip(history, history[1:], strict=False)
         if after["event"] == "after reset"
     ]
     repaired = [
-        sum(stammers(before[i]) and not stammers(after[i]) for before, after in resets)
-        for i in range(len(history[0]["english"]))
+        stammers(end) and sum(stammers(before[i]) and not stammers(after[i]) for before, after in resets)
+        for i, end in enumerate(ppo_end["english"])
     ]
     return repaired.index(max(repaired))
 
@@ -173,7 +173,7 @@ def main():
         ends = {line["update"]: sum(map(stammers, line["english"])) for line in history[:: len(history) - 1]}
         print(f"{method}: captions that stammer, by update: {ends}")
     history = runs["elastic-reset"]
-    which = most_repaired(history)
+    which = most_repaired(history, runs["ppo"][-1])
     frames = [draw(runs, captions, which, moment) for moment in range(len(history))]
     palette = frames[-1].quantize(64)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
