@@ -1,4 +1,5 @@
-"""Draws evidence.png, reward against drift in the three tasks, and prints the table of the README.
+"""Draws evidence.png, reward against drift in the three tasks, and prints the tables of README.md and of
+tutorials/results/README.md.
 
     python tutorials/figures/evidence.py
 
@@ -17,6 +18,14 @@ import compare  # noqa: E402
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
 CURVES = {"ppo-kl": "PPO with a KL penalty", "elastic-reset": "Elastic Reset with a KL penalty"}
 ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
+WORDS = {
+    "elastic-reset": "penalty and resets",
+    "ppo-kl": "penalty alone",
+    "ppo-kl, averaged at the end": "penalty, averaged at the end",
+    "ppo-kl, mixed with the start": "penalty, mixed with the start",
+    "ppo, stopped early": "PPO, stopped early",
+}
+ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the points of a panel lie
 
 
 def settings_of(summary, method):
@@ -59,7 +68,12 @@ def picture(summaries):
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, (task, summary) in zip(figure.subplots(1, len(TASKS)), summaries.items(), strict=True):
         draw_panel(axes, summary)
-        axes.set(title=TASKS[task], xlabel="drift")
+        axes.set(title=TASKS[task], xlabel=f"drift ({compare.UNITS[task].split()[0]})")
+        if task in ZOOM:
+            inset = axes.inset_axes([0.35, 0.12, 0.6, 0.6])
+            draw_panel(inset, summary)
+            inset.set(xlim=ZOOM[task][0], ylim=ZOOM[task][1])
+            axes.indicate_inset_zoom(inset)
     figure.axes[0].set_ylabel("reward")
     shown = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
@@ -94,10 +108,65 @@ def short(values):
     if not values:
         return "-"
     mean, error = compare.mean_and_error(values)
-    return f"{mean:.3g} ± {error:.1g}" if error else f"{mean:.3g}"
+    digits = 0 if abs(mean) >= 100 else 2 if abs(mean) >= 3 else 3
+    return f"{mean:,.{digits}f} ± {error:,.{digits}f}" if error else f"{mean:,.{digits}f}"
+
+
+def without_penalty(summaries):
+    """What PPO and resets end at where no KL penalty helps them."""
+    rows = []
+    for task, summary in summaries.items():
+        own = [settings_of(summary, method)[0.0] for method in ("ppo-kl", "elastic-reset")]
+        cells = [short(setting[name]) for setting in own for name in ("reward", "drift")]
+        rows.append([TASKS[task], short([summary["start"]["drift"]]), *cells])
+    names = ["", "start: drift", "PPO: reward", "PPO: drift", "resets alone: reward", "resets alone: drift"]
+    return "\n".join(compare.table(names, rows))
+
+
+def by_coefficient(summary, number):
+    """The mean of `number` for each KL coefficient, a row per method."""
+    methods = {method: words for method, words in WORDS.items() if method in list(WORDS)[:3]}
+    own = {words: settings_of(summary, method) for method, words in methods.items()}
+    coefs = sorted({coef for settings in own.values() for coef in settings})
+    rows = []
+    for words, settings in own.items():
+        means = [compare.mean_and_error(settings[c][number])[0] if c in settings else None for c in coefs]
+        digits = 0 if number == "drift" and max(filter(None, means)) > 100 else 3
+        rows.append([words, *("-" if mean is None else f"{mean:,.{digits}f}" for mean in means)])
+    return "\n".join(compare.table([f"{number} at the KL coefficient", *(f"{c:g}" for c in coefs)], rows))
+
+
+def tuned(summary):
+    """Each method at its chosen setting; the last column is paired by seed."""
+    settings, rows = summary["settings"], []
+    yardstick = settings[summary["methods"]["elastic-reset"]["chosen"]]["area"]
+    for method, words in WORDS.items():
+        if method in summary["methods"]:
+            one = settings[summary["methods"][method]["chosen"]]
+            less = [a - b for a, b in zip(one["area"], yardstick, strict=True)]
+            numbers = [short(one[name]) for name in ("reward", "drift", "area")]
+            rows.append([words, one["label"], *numbers, short(less) if any(less) else ""])
+    names = ["method", "chosen", "reward", "drift", "area", "area less that of resets"]
+    return "\n".join(compare.table(names, rows))
+
+
+def near_the_best(summary):
+    """{words for a method: how many of its KL coefficients have nine tenths of its best area}"""
+    counts = {}
+    for method in list(WORDS)[:3]:
+        means = [compare.mean_and_error(s["area"])[0] for s in settings_of(summary, method).values()]
+        counts[WORDS[method]] = f"{sum(mean >= 0.9 * max(means) for mean in means)} of {len(means)}"
+    return counts
 
 
 if __name__ == "__main__":
-    found = {task: compare.read_record(HERE.parent / "results" / task)["summary"] for task in TASKS}
+    results = HERE.parent / "results"
+    found = {task: compare.read_record(results / task)["summary"] for task in TASKS}
     picture(found).savefig(HERE / "evidence.png", dpi=150)
-    print(table(found))
+    print(f"{table(found)}\n\n{without_penalty(found)}")
+    for task, summary in found.items():
+        for part in (by_coefficient(summary, "drift"), by_coefficient(summary, "area"), tuned(summary)):
+            print(f"\n{task}\n{part}")
+        print(near_the_best(summary))
+    again = compare.read_record(results / "translation" / "confirmation")["summary"]
+    print(f"\ntranslation, once more\n{tuned(again)}")
