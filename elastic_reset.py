@@ -98,8 +98,8 @@ class ElasticReset:
         self._fsdp = [module for module in model.modules() if hasattr(module, "reshard")] if whole else []
         self._drop_whole_copies()
         for name, p in model.named_parameters() if whole else enumerate(model):
-            if p.requires_grad and (p.is_meta or p.layout != torch.strided or p.element_size() < 2):
-                raise TypeError(f"parameter {name} is not a dense one in memory of 16 bits or more")
+            if p.requires_grad and p.is_meta:
+                raise TypeError(f"parameter {name} has no values yet")
             if p.requires_grad:
                 names.setdefault(p, str(name))
         if not names:
@@ -125,24 +125,23 @@ class ElasticReset:
     @torch.no_grad()
     def update(self) -> None:
         """ema <- decay * ema + (1 - decay) * policy"""
-        self._follow()
+        policy = self._follow()
         self.updates += 1
         for policies, ema, _ in self._flat:
             ema_kernel.update(ema, policies, self.decay, torch.get_num_threads())
         if self.backend == "foreach":
-            policy = [local(p).to(ema.dtype) for p, ema in zip(self.params, self.ema, strict=True)]
-            torch._foreach_lerp_(self.ema, policy, 1 - self.decay)
+            wide = [p.to(ema.dtype) for p, ema in zip(policy, self.ema, strict=True)]
+            torch._foreach_lerp_(self.ema, wide, 1 - self.decay)
 
     @torch.no_grad()
     def reset(self) -> None:
         """policy <- ema, rounded once to the policy's dtype; ema <- init. Other rules: see RESET_RULES."""
-        self._follow()
+        weights = dict(policy=self._follow(), ema=self.ema, init=self.init)
         self.resets += 1
         if self.backend == "rust" and self.rule == "elastic":
             for policies, ema, init in self._flat:
                 ema_kernel.reset(policies, ema, init, torch.get_num_threads())
             return
-        weights = {"policy": [local(p) for p in self.params], "ema": self.ema, "init": self.init}
         policy_becomes, ema_becomes = RESET_RULES[self.rule]
         torch._foreach_copy_(weights["policy"], weights[policy_becomes])
         torch._foreach_copy_(weights["ema"], weights[ema_becomes])
@@ -151,8 +150,7 @@ class ElasticReset:
     @contextlib.contextmanager
     def averaged(self):
         """Within `with elastic.averaged():` the policy has the EMA's weights, to be evaluated or saved."""
-        self._follow()
-        policy = [local(p) for p in self.params]
+        policy = self._follow()
         own = [p.clone() for p in policy]
         try:
             torch._foreach_copy_(policy, self.ema)
@@ -192,21 +190,21 @@ class ElasticReset:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _follow(self) -> None:
-        """Lays ema and init out anew where the parameters are, which `.to()` may have moved: in flat buffers,
-        one each per dtype and device. For the kernel it keeps these and the parameters as flat arrays."""
-        places = [p.data_ptr() or local(p).data_ptr() for p in self.params]  # a DTensor's own is 0
-        if places == self._places:
-            return
+    def _follow(self) -> list[torch.Tensor]:
+        """The parameters as plain tensors, a DTensor as this rank's shard. Where `.to()` has moved them, ema
+        and init are laid out anew beside them: in flat buffers, one each per dtype and device. For the kernel
+        it keeps these and the parameters as flat arrays."""
         policy, groups = [local(p) for p in self.params], {}
+        places = [p.data_ptr() for p in policy]
+        if places == self._places:
+            return policy
         self._places, self._flat = places, []
         ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in policy if p.numel())
-        apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
-        takes = ema_kernel is not None and apart
+        takes = ema_kernel is not None
+        takes &= all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
         for p in self.params:
-            takes &= p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
             takes &= p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_contiguous()
-            takes &= p.data_ptr() % p.element_size() == 0
+            takes &= p.is_floating_point() and p.data_ptr() % p.element_size() == 0
         for i, p in enumerate(policy):
             groups.setdefault((p.device, p.dtype), []).append(i)
         for (device, dtype), members in groups.items():
@@ -218,6 +216,7 @@ class ElasticReset:
                     averages[i] = part.view(policy[i].shape).copy_(averages[i])
                 arrays += [as_array(flat)] if takes else []
             self._flat += [arrays] if takes else []
+        return policy
 
 
 def compare_layout(own, other, place):
@@ -373,14 +372,7 @@ def forbid(logits, policy, shortest=0, first=0):
 
 @torch.no_grad()
 def respond(
-    policy,
-    tokenizer,
-    prompts,
-    response_length,
-    temperature=1.0,
-    shortest=0,
-    max_length=None,
-    rows=slice(None),
+    policy, tokenizer, prompts, response_length, temperature=1, shortest=0, max_length=None, rows=slice(None)
 ):
     """Samples a response to each prompt or, of several processes, to its own `rows` of them; at temperature
     0, the likeliest tokens. An encoder's prompts are cut to max_length. Returns the batch, input_ids and
@@ -1503,10 +1495,11 @@ def toy_sentence(rng, noise, every=1):
     return {language: " ".join(" ".join(words).replace("_", " ").split()) for language, words in row.items()}
 
 
-# The embedded reviews. Five kinds of sentences praise (+), blame (-) or neither (0); half of a review's agree
-# with its label. Since the grammar is known, so is the truth of a continuation: what parses, what it praises.
-REVIEWS = """the NOUN was ADVERB ADJ . / WHO VERB the NOUN WHERE . / the NOUN and the NOUN were ADJ .
-    WHO VERB it because the NOUN felt ADJ . / what a ADJ NOUN !"""
+# The embedded reviews. Five kinds of sentences praise (+), blame (-) or neither (0), which decides on the
+# words where * is; half of a review's agree with its label. Since the grammar is known, so is the truth of a
+# continuation: what parses, what it praises.
+REVIEWS = """the NOUN was ADVERB ADJ* . / WHO VERB* the NOUN WHERE . / the NOUN and the NOUN were ADJ* .
+    WHO VERB* it because the NOUN felt ADJ* . / what a ADJ* NOUN !"""
 REVIEW_WORDS = {
     "NOUN": """plot acting script ending music camera dialogue story cast pace hero villain opening scene
         humor costumes lighting editing director sequel""",
@@ -1542,18 +1535,16 @@ def toy_opinion(rng, feeling):
 
 def filled(sentence, feeling, choose):
     """The sentence with what `choose` makes of the words for each of its places."""
-
-    def words(place):
-        return choose((REVIEW_WORDS.get(place[0]) or REVIEW_WORDS[place[0] + feeling]).split())
-
-    return re.sub("[A-Z]+", words, sentence).replace("_", " ")
+    places = sentence.replace("*", feeling)
+    text = re.sub("[A-Z]+[-+0]?", lambda place: choose(REVIEW_WORDS[place[0]].split()), places)
+    return text.replace("_", " ")
 
 
 @functools.cache
 def grammar(feeling):
     """What matches the sentences of a feeling."""
-    sentences = [re.escape(sentence) for [sentence] in table(REVIEWS, "|")]
-    return re.compile(filled("|".join(sentences), feeling, lambda words: f"({'|'.join(words)})"))
+    sentences = "|".join(sentence for [sentence] in table(REVIEWS, "|")).replace(".", "[.]")
+    return re.compile(filled(sentences, feeling, lambda words: f"({'|'.join(words)})"))
 
 
 def toy_feeling(sentence):
