@@ -98,8 +98,8 @@ class ElasticReset:
         self._fsdp = [module for module in model.modules() if hasattr(module, "reshard")] if whole else []
         self._drop_whole_copies()
         for name, p in model.named_parameters() if whole else enumerate(model):
-            if p.requires_grad and (p.is_meta or p.layout != torch.strided or p.element_size() < 2):
-                raise TypeError(f"parameter {name} is not a dense one in memory of 16 bits or more")
+            if p.requires_grad and p.is_meta:
+                raise TypeError(f"parameter {name} has no values yet")
             if p.requires_grad:
                 names.setdefault(p, str(name))
         if not names:
@@ -125,24 +125,23 @@ class ElasticReset:
     @torch.no_grad()
     def update(self) -> None:
         """ema <- decay * ema + (1 - decay) * policy"""
-        self._follow()
+        policy = self._follow()
         self.updates += 1
         for policies, ema, _ in self._flat:
             ema_kernel.update(ema, policies, self.decay, torch.get_num_threads())
         if self.backend == "foreach":
-            policy = [local(p).to(ema.dtype) for p, ema in zip(self.params, self.ema, strict=True)]
-            torch._foreach_lerp_(self.ema, policy, 1 - self.decay)
+            wide = [p.to(ema.dtype) for p, ema in zip(policy, self.ema, strict=True)]
+            torch._foreach_lerp_(self.ema, wide, 1 - self.decay)
 
     @torch.no_grad()
     def reset(self) -> None:
         """policy <- ema, rounded once to the policy's dtype; ema <- init. Other rules: see RESET_RULES."""
-        self._follow()
+        weights = dict(policy=self._follow(), ema=self.ema, init=self.init)
         self.resets += 1
         if self.backend == "rust" and self.rule == "elastic":
             for policies, ema, init in self._flat:
                 ema_kernel.reset(policies, ema, init, torch.get_num_threads())
             return
-        weights = {"policy": [local(p) for p in self.params], "ema": self.ema, "init": self.init}
         policy_becomes, ema_becomes = RESET_RULES[self.rule]
         torch._foreach_copy_(weights["policy"], weights[policy_becomes])
         torch._foreach_copy_(weights["ema"], weights[ema_becomes])
@@ -151,8 +150,7 @@ class ElasticReset:
     @contextlib.contextmanager
     def averaged(self):
         """Within `with elastic.averaged():` the policy has the EMA's weights, to be evaluated or saved."""
-        self._follow()
-        policy = [local(p) for p in self.params]
+        policy = self._follow()
         own = [p.clone() for p in policy]
         try:
             torch._foreach_copy_(policy, self.ema)
@@ -192,21 +190,21 @@ class ElasticReset:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _follow(self) -> None:
-        """Lays ema and init out anew where the parameters are, which `.to()` may have moved: in flat buffers,
-        one each per dtype and device. For the kernel it keeps these and the parameters as flat arrays."""
-        places = [p.data_ptr() or local(p).data_ptr() for p in self.params]  # a DTensor's own is 0
-        if places == self._places:
-            return
+    def _follow(self) -> list[torch.Tensor]:
+        """The parameters as plain tensors, a DTensor as this rank's shard. Where `.to()` has moved them, ema
+        and init are laid out anew beside them: in flat buffers, one each per dtype and device. For the kernel
+        it keeps these and the parameters as flat arrays."""
         policy, groups = [local(p) for p in self.params], {}
+        places = [p.data_ptr() for p in policy]
+        if places == self._places:
+            return policy
         self._places, self._flat = places, []
         ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in policy if p.numel())
-        apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
-        takes = ema_kernel is not None and apart
+        takes = ema_kernel is not None
+        takes &= all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
         for p in self.params:
-            takes &= p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
             takes &= p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_contiguous()
-            takes &= p.data_ptr() % p.element_size() == 0
+            takes &= p.is_floating_point() and p.data_ptr() % p.element_size() == 0
         for i, p in enumerate(policy):
             groups.setdefault((p.device, p.dtype), []).append(i)
         for (device, dtype), members in groups.items():
@@ -218,6 +216,7 @@ class ElasticReset:
                     averages[i] = part.view(policy[i].shape).copy_(averages[i])
                 arrays += [as_array(flat)] if takes else []
             self._flat += [arrays] if takes else []
+        return policy
 
 
 def compare_layout(own, other, place):
@@ -373,14 +372,7 @@ def forbid(logits, policy, shortest=0, first=0):
 
 @torch.no_grad()
 def respond(
-    policy,
-    tokenizer,
-    prompts,
-    response_length,
-    temperature=1.0,
-    shortest=0,
-    max_length=None,
-    rows=slice(None),
+    policy, tokenizer, prompts, response_length, temperature=1, shortest=0, max_length=None, rows=slice(None)
 ):
     """Samples a response to each prompt or, of several processes, to its own `rows` of them; at temperature
     0, the likeliest tokens. An encoder's prompts are cut to max_length. Returns the batch, input_ids and
@@ -1108,9 +1100,9 @@ def pass_at_k(policy, tokenizer, problems, config):
         programs += [p["program_of"](answer) for p, answer in zip(part, answers, strict=True)]
     values = zip(run_programs(programs), problems, strict=True)
     right = [value == problem["expected"] for value, problem in values]
-    counts, ks = [sum(right[i : i + n]) for i in range(0, len(right), n)], [k for k in (1, 10, 100) if k <= n]
-    chances = {k: [1 - math.comb(n - c, k) / math.comb(n, k) for c in counts] for k in ks if counts}
-    return {f"pass_at_{k}": sum(values) / len(values) for k, values in chances.items()}
+    counts = [sum(part) for (part,) in chunks(right, size=n)]
+    chances = {k: [1 - math.comb(n - c, k) / math.comb(n, k) for c in counts] for k in (1, 10, 100) if k <= n}
+    return {f"pass_at_{k}": sum(values) / len(values) for k, values in chances.items() if values}
 
 
 def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
@@ -1150,7 +1142,7 @@ def load_model(role, name, kind, config, longest=0, **settings):
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    settings |= dict(dtype=getattr(torch, config.dtype), output_loading_info=True, trust_remote_code=False)
+    settings |= dict(dtype=config.dtype, output_loading_info=True, trust_remote_code=False)
     try:
         model, found = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name, **settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -1185,10 +1177,10 @@ def set_plain_generation(policy):
 
     names = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
     tokens = {name: getattr(policy.generation_config, name) for name in names}
-    if None in [tokens[name] for name in names[: 2 + policy.config.is_encoder_decoder]]:
+    eos = tokens["eos_token_id"]
+    if eos is None or tokens["pad_token_id"] is None:
         raise ValueError(f"model.generation_config names {tokens}; expected numbers")
-    if not isinstance(tokens["eos_token_id"], list):
-        tokens["eos_token_id"] = [tokens["eos_token_id"]]
+    tokens["eos_token_id"] = eos if isinstance(eos, list) else [eos]
     policy.generation_config = GenerationConfig(**tokens)
 
 
@@ -1206,20 +1198,15 @@ def small_shape(family, tokenizer, config, **settings):
     """The transformers configuration of a small marian, gpt2 or llama."""
     from transformers import AutoConfig
 
-    width, layers, pad, eos = config.d_model, config.layers, tokenizer.pad_token_id, tokenizer.eos_token_id
-    shape = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, bos_token_id=None)
-    if family == "marian":
-        shape = dict(d_model=width, dropout=0.0, scale_embedding=True, forced_eos_token_id=None)
-        shape["decoder_start_token_id"] = pad
-        for side in ("encoder", "decoder"):
-            shape |= {f"{side}_layers": layers, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 2 * width}
-    if family == "gpt2":
-        shape |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu")
-        shape["bos_token_id"] = eos
-    if family == "llama":
-        shape["intermediate_size"] = 2 * width
-    shape |= dict(max_position_embeddings=max(128, 2 * config.max_length), pad_token_id=pad, eos_token_id=eos)
-    return AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape, **settings)
+    layers, wide, pad, eos = config.layers, 2 * config.d_model, tokenizer.pad_token_id, tokenizer.eos_token_id
+    shape = dict(hidden_size=config.d_model, num_hidden_layers=layers, num_attention_heads=4)
+    shape |= dict(max_position_embeddings=max(128, 2 * config.max_length), vocab_size=len(tokenizer))
+    shape |= dict(pad_token_id=pad, eos_token_id=eos, bos_token_id=None)
+    marian = dict(encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=wide, decoder_ffn_dim=wide)
+    marian |= dict(decoder_attention_heads=4, decoder_start_token_id=pad, dropout=0.0, scale_embedding=True)
+    gpt2 = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu")
+    own = dict(marian=marian, gpt2=gpt2, llama=dict(intermediate_size=wide))
+    return AutoConfig.for_model(family, **shape, **own[family], **settings)
 
 
 def trained(role, kind, start, texts, examples, loss_of, updates, config, seed=0, **head):
@@ -1276,14 +1263,13 @@ def batches_of_like_length(examples, n, updates, pool=32):
     for update in range(updates):
         if update % pool == 0:
             near = shuffled(examples, pool * n, update // pool + 1, seed=0)
-            near = sorted(near, key=lambda example: len(example[-1]))
+            near.sort(key=lambda example: len(example[-1]))
             starts = random.Random(update).sample(range(0, pool * n, n), pool)
         start = starts[update % pool]
-        yield [list(texts) for texts in zip(*near[start : start + n], strict=True)]
+        yield list(zip(*near[start : start + n], strict=True))
 
 
 def likelihood_loss(model, tokenizer, sources, targets, max_length):
-    """Maximum likelihood of targets given sources."""
     logprobs, mask = target_logprobs(model, tokenizer, sources, targets, max_length)
     return -logprobs.sum() / mask.sum()
 
@@ -1295,7 +1281,6 @@ def answer_loss(model, tokenizer, questions, answers, max_length):
 
 
 def label_loss(model, tokenizer, labels, texts, max_length):
-    """Cross-entropy of a classifier."""
     logits = class_logits(model, tokenizer, texts, max_length)
     return F.cross_entropy(logits, torch.tensor(labels, device=logits.device))
 
@@ -1354,22 +1339,19 @@ def load_rows(spec, columns):
     disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
     try:
-        kinds = {file.suffix for file in Path(name).rglob("*")} & {".csv", ".jsonl", ".parquet"}
         rows = load_dataset(**source, split=split or "train").to_list() or [{}]  # which has no column
-        unnamed = ".csv" in kinds and "__index_level_0__" in rows[0]  # more cells than the header has
-        if len(kinds) > 1 or unnamed:
+        kinds = {file.suffix for file in Path(name).rglob("*")} & {".csv", ".jsonl", ".parquet"}
+        if len(kinds) > 1 or ".csv" in kinds and "__index_level_0__" in rows[0]:
             raise ValueError(f"it holds {' and '.join(sorted(kinds))} files, or columns without a name")
     except Exception as error:  # there is no end to what may be wrong with files
         why = one_line(error.__cause__ or error) or "it holds no rows"
         raise ValueError(f"data {spec} cannot be read: {why}") from error
     rows = [row["translation"] if isinstance(row.get("translation"), dict) else row for row in rows]
     for (number, row), column in itertools.product(enumerate(rows, 1), columns.split()):
-        value = row.get(column)
-        text = isinstance(value, str) and value.strip()
-        if not (str(value) in ("0", "1") if column == "label" else text):
-            found = repr(str(value)[:40]) if column in row else f"not among {', '.join(map(str, row))}"
-            expected = "0 or 1" if column == "label" else "text"
-            raise ValueError(f"data {spec}, row {number}: {column} is {found}; expected {expected}")
+        value, expected = row.get(column), "0 or 1" if column == "label" else "text"
+        if not (str(value) in ("0", "1") if column == "label" else isinstance(value, str) and value.strip()):
+            found = f"data {spec}, row {number}: {column} is {value!r:.40}"
+            raise ValueError(f"{found}; expected {expected}; the columns are {', '.join(row)}")
     return rows
 
 
@@ -1411,7 +1393,7 @@ def qa_data(config):
     if not config.data:
         return toy_qa()
     train, validation = train_and_held_out(config, "question response_j")
-    sft = load_rows(config.sft_data, "question response_j") if config.sft_data else train
+    sft = load_rows(config.sft_data or config.data, "question response_j")
     preferences = load_rows(config.preference_data or config.data, "question response_j response_k")
     problems = load_rows(config.programs, "prompt test entry_point") if config.programs else []
     for row in itertools.chain(train, validation, sft, preferences):
@@ -1476,14 +1458,13 @@ TIMES = """today|now aujourd'hui heute / again|anew encore wieder / often|freque
 def toy_translations(seed=0):
     """translation_data() of the embedded game; no sentence stands in two of its parts. `known`: sentences
     made of the words that the sender's corpus has right."""
-    rng, seen, data = random.Random(seed), set(), {}
+    rng, rows, data = random.Random(seed), {}, {}
     for name, size in dict(train=20_000, validation=512, receiver=20_000, sender=20_000, known=512).items():
-        data[name] = []
-        while len(data[name]) < size:
+        before = len(rows)
+        while len(rows) < before + size:
             row = toy_sentence(rng, 0.6 if name == "sender" else 0.0, every=2 if name == "known" else 1)
-            if row["fr"] not in seen:
-                seen.add(row["fr"])
-                data[name].append(row)
+            rows.setdefault(row["fr"], row)
+        data[name] = list(rows.values())[before:]
     texts = [text for row in data["receiver"] for text in row.values()]
     data["sender"] = [(row["fr"], row["en"]) for row in data["sender"]]
     data["receiver"] = [(row["en"], row["de"]) for row in data["receiver"]]
@@ -1514,10 +1495,11 @@ def toy_sentence(rng, noise, every=1):
     return {language: " ".join(" ".join(words).replace("_", " ").split()) for language, words in row.items()}
 
 
-# The embedded reviews. Five kinds of sentences praise (+), blame (-) or neither (0); half of a review's agree
-# with its label. Since the grammar is known, so is the truth of a continuation: what parses, what it praises.
-REVIEWS = """the NOUN was ADVERB ADJ . / WHO VERB the NOUN WHERE . / the NOUN and the NOUN were ADJ .
-    WHO VERB it because the NOUN felt ADJ . / what a ADJ NOUN !"""
+# The embedded reviews. Five kinds of sentences praise (+), blame (-) or neither (0), which decides on the
+# words where * is; half of a review's agree with its label. Since the grammar is known, so is the truth of a
+# continuation: what parses, what it praises.
+REVIEWS = """the NOUN was ADVERB ADJ* . / WHO VERB* the NOUN WHERE . / the NOUN and the NOUN were ADJ* .
+    WHO VERB* it because the NOUN felt ADJ* . / what a ADJ* NOUN !"""
 REVIEW_WORDS = {
     "NOUN": """plot acting script ending music camera dialogue story cast pace hero villain opening scene
         humor costumes lighting editing director sequel""",
@@ -1535,41 +1517,39 @@ REVIEW_WORDS = {
 
 def toy_reviews(seed=0):
     """review_data() of the embedded corpus; no review stands in two of its parts."""
-    rng, seen = random.Random(seed), set()
-    data = dict(train=[], validation=[], gold=toy_gold)
+    rng, labels, data = random.Random(seed), {}, {}
     for name, size in dict(train=20_000, validation=400).items():
-        while len(data[name]) < size:
+        before = len(labels)
+        while len(labels) < before + size:
             label = rng.randrange(2)
             feelings = rng.choices([("-", "+")[label], "0", ("+", "-")[label]], [5, 3, 2], k=7)
-            review = " ".join(toy_opinion(rng, feeling) for feeling in feelings)
-            if review not in seen:
-                seen.add(review)
-                data[name].append((review, label))
-    return data
+            labels.setdefault(" ".join(toy_opinion(rng, feeling) for feeling in feelings), label)
+        data[name] = list(labels.items())[before:]
+    return data | dict(gold=toy_gold)
 
 
 def toy_opinion(rng, feeling):
     """As "my friend enjoyed the plot at home ." """
-    words = rng.choice(grammar(feeling)[0])
-    return " ".join(choices[0] if len(choices) == 1 else rng.choice(choices) for choices in words)
+    return filled(rng.choice(table(REVIEWS, "|"))[0], feeling, rng.choice)
+
+
+def filled(sentence, feeling, choose):
+    """The sentence with what `choose` makes of the words for each of its places."""
+    places = sentence.replace("*", feeling)
+    text = re.sub("[A-Z]+[-+0]?", lambda place: choose(REVIEW_WORDS[place[0]].split()), places)
+    return text.replace("_", " ")
 
 
 @functools.cache
 def grammar(feeling):
-    """The kinds of sentences, each a list of the words that may stand at a place, and what matches them."""
-
-    def choices(word):
-        words = REVIEW_WORDS.get(word) or REVIEW_WORDS.get(word + feeling) or word
-        return [choice.replace("_", " ") for choice in words.split()]
-
-    kinds = [[choices(word) for word in kind.split()] for [kind] in table(REVIEWS, "|")]
-    patterns = [" ".join(f"({'|'.join(map(re.escape, words))})" for words in kind) for kind in kinds]
-    return kinds, re.compile("|".join(patterns))
+    """What matches the sentences of a feeling."""
+    sentences = "|".join(sentence for [sentence] in table(REVIEWS, "|")).replace(".", "[.]")
+    return re.compile(filled(sentences, feeling, lambda words: f"({'|'.join(words)})"))
 
 
 def toy_feeling(sentence):
     """ "+", "-", "0" or, of what the grammar does not generate, None."""
-    return next((feeling for feeling in "+-0" if grammar(feeling)[1].fullmatch(sentence)), None)
+    return next((feeling for feeling in "+-0" if grammar(feeling).fullmatch(sentence)), None)
 
 
 def toy_gold(prompts, responses):
@@ -1615,7 +1595,7 @@ def toy_qa(seed=0):
     """qa_data() of the embedded corpus. The functions of validation and problems are no one else's; the
     held-out pairs and `elsewhere` are about them."""
     rng = random.Random(seed)
-    steps = [(step,) for step in table(STEPS, "|")] + list(itertools.permutations(table(STEPS, "|"), 2))
+    steps = [some for n in (1, 2) for some in itertools.permutations(table(STEPS, "|"), n)]
     functions = list(itertools.product(table(FUNCTIONS, "|"), steps, [None, *table(EXCEPTIONS, "|")]))
     functions = rng.sample(functions, len(functions))
     validation, problems, train = functions[:200], functions[200:400], functions[400:]
@@ -1651,16 +1631,17 @@ def toy_comment(function):
 def toy_code(function):
     """Python source, as "def f(a, b):\\n    r = a + b\\n    return r"."""
     base, steps, exception = function
-    lines = [line for part in (exception, base, *steps) if part for line in part[1:]]
-    lines = ["    " * (1 + line.count(".")) + line.lstrip(".") for line in lines]
-    return "\n".join([SIGNATURE, *lines, "    return r"])
+    lines = [line.replace(".", "    ") for part in (exception, base, *steps) if part for line in part[1:]]
+    return "\n    ".join([SIGNATURE, *lines, "return r"])
 
 
 def toy_answer(rng, function, polite=0.4, explained=0.4):
     """The function; with these probabilities introduced, and explained in one or two sentences."""
-    introduction = [rng.choice(INTRODUCTIONS)] if rng.random() < polite else []
-    sentences = rng.sample(EXPLANATIONS, rng.choice([1, 1, 2])) if rng.random() < explained else []
-    return "\n".join([*introduction, toy_code(function), *([" ".join(sentences)] if sentences else [])])
+    lines = [rng.choice(INTRODUCTIONS)] if rng.random() < polite else []
+    lines.append(toy_code(function))
+    if rng.random() < explained:
+        lines.append(" ".join(rng.sample(EXPLANATIONS, rng.choice([1, 1, 2]))))
+    return "\n".join(lines)
 
 
 def toy_preference(rng, function):

@@ -76,10 +76,10 @@ BAD_DATA = {
     "no validation": ({"train.jsonl": GOOD}, "data DATA:validation cannot be read"),
     "torn line": ({"train.jsonl": GOOD + '{"en": "a'}, "data DATA cannot be read: JSON parse error"),
     "no object": ({"train.jsonl": GOOD + "[1, 2]\n"}, "data DATA cannot be read: "),
-    "no column": ({"train.jsonl": '{"en": "a", "fr": "b"}\n'}, "row 1: de is not among en, fr"),
-    "missing later": ({"train.jsonl": GOOD * 3 + '{"en": "a", "fr": "b"}\n'}, "row 4: de is 'None'"),
-    "number": ({"train.jsonl": GOOD + '{"en": "a", "fr": "b", "de": 3}\n'}, "row 2: de is '3'"),
-    "null": ({"train.jsonl": GOOD + '{"en": null, "fr": "b", "de": "c"}\n'}, "row 2: en is 'None'"),
+    "no column": ({"train.jsonl": GOOD[:32] + "}\n"}, "de is None; expected text; the columns are en, fr"),
+    "missing later": ({"train.jsonl": GOOD * 3 + '{"en": "a", "fr": "b"}\n'}, "row 4: de is None"),
+    "number": ({"train.jsonl": GOOD + '{"en": "a", "fr": "b", "de": 3}\n'}, "row 2: de is 3;"),
+    "null": ({"train.jsonl": GOOD + '{"en": null, "fr": "b", "de": "c"}\n'}, "row 2: en is None"),
     "blank": ({"train.jsonl": GOOD + '{"en": "a", "fr": " ", "de": "c"}\n'}, "2: fr is ' '; expected text"),
     "long rows": ({"train.csv": "en,fr,de\na,b,c,d\n"}, "or columns without a name"),
     "a long row": ({"train.csv": "en,fr,de\na,b,c\na,b,c,d\n"}, "Expected 3 fields in line 3, saw 4"),
@@ -115,7 +115,7 @@ def test_a_label_is_0_or_1(capsys, tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n')
     argv = ["--task", "imdb", "--data", str(tmp_path), "--output_dir", str(tmp_path / "run")]
-    assert f"data {tmp_path}, row 2: label is '2'; expected 0 or 1" in error_of(argv, capsys)
+    assert f"data {tmp_path}, row 2: label is 2; expected 0 or 1" in error_of(argv, capsys)
 
 
 def test_bad_slice(capsys, tmp_path):
