@@ -98,8 +98,8 @@ class ElasticReset:
         self._fsdp = [module for module in model.modules() if hasattr(module, "reshard")] if whole else []
         self._drop_whole_copies()
         for name, p in model.named_parameters() if whole else enumerate(model):
-            if p.requires_grad and p.is_meta:
-                raise TypeError(f"parameter {name} has no values yet")
+            if p.requires_grad and (p.is_meta or p.layout != torch.strided or p.element_size() < 2):
+                raise TypeError(f"parameter {name} is not a dense one in memory of 16 bits or more")
             if p.requires_grad:
                 names.setdefault(p, str(name))
         if not names:
@@ -1393,7 +1393,7 @@ def qa_data(config):
     if not config.data:
         return toy_qa()
     train, validation = train_and_held_out(config, "question response_j")
-    sft = load_rows(config.sft_data or config.data, "question response_j")
+    sft = load_rows(config.sft_data, "question response_j") if config.sft_data else train
     preferences = load_rows(config.preference_data or config.data, "question response_j response_k")
     problems = load_rows(config.programs, "prompt test entry_point") if config.programs else []
     for row in itertools.chain(train, validation, sft, preferences):
