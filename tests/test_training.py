@@ -67,7 +67,7 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "bleu_en" in printed and "nrefs:1|case:mixed|eff:no|tok:13a" in printed and str(run) in printed
     path = "foreach" if elastic_reset.ema_kernel is None else "rust"
-    assert f"resets: 2; averages: {path}, 0." in printed or f"averages: {path}, 1." in printed
+    assert f"resets: 2; averages: {path}; BLEU" in printed
     assert result["start"]["update"] == 0 and result["end"]["event"] == "after reset"
 
 
@@ -248,7 +248,7 @@ def test_a_folder_that_another_process_works_in(tiny, tmp_path, capsys):
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         assert main(to_argv(tiny)) == 2
-        assert "another process works in it" in last_line_of(capsys)
+        assert ".lock' could not be acquired" in last_line_of(capsys)
         other.communicate(b"\n")
 
 
@@ -382,7 +382,7 @@ def test_last_good_checkpoint_is_named_and_good(tiny, tmp_path, capsys, monkeypa
         patch.setattr(TranslationGame, "reward", lambda self, *args: next(calls, nan)(self, *args))
         assert main(to_argv(tiny)) == 1
     checkpoint = tmp_path / "run" / "checkpoint" / "state.pt"
-    expected = f"update 4: train_reward is nan; checkpoints, if any yet, are in {checkpoint.parent}"
+    expected = f"update 4: train_reward is nan; checkpoints, if any yet, are in {tmp_path / 'run'}"
     assert expected in last_line_of(capsys)
     assert train(configure(**tiny | dict(resume=True)))["end"]["update"] == 4
 
