@@ -595,10 +595,7 @@ def evaluate(task, model, elastic, config):
         logprobs, _, _ = model(batch, with_values=False)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
-    metrics = task.evaluate(responses)
-    if not {"reward", "drift"} <= metrics.keys():
-        raise ValueError(f"evaluate() gave {', '.join(metrics)}; expected reward, drift and other numbers")
-    return dict(**metrics, kl=torch.cat(kl).mean().item())
+    return dict(**task.evaluate(responses), kl=torch.cat(kl).mean().item())
 
 
 # ================================================= 4. Tasks ================================================
@@ -792,10 +789,8 @@ class TechnicalQA:
     def evaluate(self, responses):
         prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
         human, longest = [self.human[p] + self.tokenizer.eos_token for p in prompts], self.config.max_length
-        tax, elsewhere = (
-            pass_at_k(self.policy, self.tokenizer, problems, self.config)
-            for problems in (self.problems, self.elsewhere)
-        )
+        tax = pass_at_k(self.policy, self.tokenizer, self.problems, self.config)
+        elsewhere = pass_at_k(self.policy, self.tokenizer, self.elsewhere, self.config)
         return dict(
             reward=sum(rewards) / len(rewards),
             drift=math.exp(mean_nll(self.policy, self.tokenizer, prompts, human, longest)),
@@ -813,7 +808,7 @@ TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQ
 
 
 NO_KL = dict(kl_coef=0.0, kl_target=0.0, kl_reference="init")
-METHODS = {  # what each sets over the preset; see configure()
+METHODS = {  # what each sets over the preset; for KL penalties see KL_COEFS too
     "elastic-reset": dict(reset="elastic"),
     "ppo": dict(reset="none", **NO_KL),
     "ppo-kl": dict(reset="none", kl_reference="init"),
@@ -952,10 +947,10 @@ PRESETS = {
         eval_every=200, save_every=200, eval_size=1014,
     ),
     "imdb/mini": dict(
-        layers=2, prompt_length=10, response_length=32, min_response_length=32, max_length=60,
-        pretrain_updates=500, pretrain_batch_size=64, reward_updates=500, updates=240, batch_size=16,
-        mini_batch_size=16, num_ppo_epochs=4, lam=1.0, learning_rate=1e-4, value_learning_rate=3e-3,
-        reset_every=40, ema_decay=0.95, kl_coef=0.01, eval_size=200,
+        layers=2, response_length=32, min_response_length=32, max_length=60, pretrain_updates=500,
+        pretrain_batch_size=64, reward_updates=500, updates=240, batch_size=16, mini_batch_size=16,
+        num_ppo_epochs=4, lam=1.0, learning_rate=1e-4, value_learning_rate=3e-3, reset_every=40,
+        ema_decay=0.95, kl_coef=0.01, eval_size=200,
     ),
     "imdb/paper": dict(
         model="lvwerra/gpt2-imdb", reward_model="lvwerra/distilbert-imdb", language_model="gpt2",
@@ -984,18 +979,14 @@ PRESETS = {
         eval_every=100,
     ),
 }  # fmt: skip
-PENALTIES = {  # of the methods that have one in place of resets
-    "translation/mini": dict(kl_coef=0.045),
-    "translation/paper": dict(kl_coef=0.05),
-    "qa/mini": dict(kl_coef=0.3),
-}
+KL_COEFS = {"translation/mini": 0.045, "translation/paper": 0.05, "qa/mini": 0.3}  # in place of resets
 
 
 def configure(task="custom", method="elastic-reset", preset="mini", **given) -> Config:
     """Defaults < the task's preset < the method < `given`."""
     layers = PRESETS.get(f"{task}/{preset}", {}) | METHODS.get(method, {})
     if method in ("ppo-kl", "ema-reference"):
-        layers |= PENALTIES.get(f"{task}/{preset}", {})
+        layers["kl_coef"] = KL_COEFS.get(f"{task}/{preset}", layers.get("kl_coef", 0.0))
     return Config(task, method, preset, **layers | given)
 
 
@@ -1704,7 +1695,6 @@ class Run:
         self.folder = Path(config.output_dir or f"runs/{config.task}/{config.method}/seed{config.seed}")
         self.main, n = self.accelerator.is_main_process, self.accelerator.num_processes
         self.lock = claim(self.folder, config) if self.main else None
-        self.accelerator.wait_for_everyone()
         if config.batch_size % n or config.mini_batch_size % n:
             raise ValueError(f"batch_size and mini_batch_size must be multiples of the {n} processes")
         self.rows = slice(self.accelerator.process_index, None, n)  # of a batch, this process's share
@@ -1782,9 +1772,8 @@ class Run:
     def save_if_due(self):
         """A checkpoint if it is time for one or the run was asked to stop, which raises KeyboardInterrupt."""
         stop = self.mean_over_processes(dict(stop=self.stop))["stop"]
-        if not stop and self.update % self.config.save_every and self.update != self.config.updates:
-            return
-        if self.main:
+        due = stop or self.update % self.config.save_every == 0 or self.update == self.config.updates
+        if due and self.main:
             newest, previous = self.checkpoints
             with written_whole(newest) as aside:
                 torch.save(self._state(), aside)
@@ -1814,15 +1803,15 @@ class Run:
     def log(self, metrics, event="", stats=None):
         """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
         columns = metrics.pop("samples", {})
-        rows = list(zip(*columns.values(), strict=True))[:5]
-        self.samples = [*self.samples[:1], [dict(zip(columns, map(str, row), strict=True)) for row in rows]]
+        rows = [dict(zip(columns, map(str, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+        self.samples = [*self.samples[:1], rows[:5]]
         line = dict(update=self.update, event=event, seconds=round(time.perf_counter() - self.began, 2))
         line = dict(**line, **(stats or {}), **self.mean_over_processes(metrics))
         self.history.append(line)
         if self.main:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
+        numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
         if self.bar is not None:
-            numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
             self.bar.set_postfix_str(f"{numbers}, resets {self.parts['elastic'].resets}")
 
     def finish(self, task):
@@ -1836,8 +1825,8 @@ class Run:
                 plot_run(self.history, aside)
             write_text(self.folder / "samples.md", samples_text(*self.samples, end["update"]))
             print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
-            for name in [name for name in [*start][3:] if name in end]:  # after update, event, seconds
-                print(f"{name:<10}{start[name]:>10.3f}   {end[name]:.3f}")
+            for name in [*start][3:]:  # after update, event, seconds
+                print(f"{name:<10}{start[name]:>10.3f}   {end.get(name, math.nan):.3f}")
             print(f"resets: {elastic.resets}; averages: {elastic.backend}; {getattr(task, 'footnote', '')}")
             print(f"files: {self.folder}")
             self.lock.release()

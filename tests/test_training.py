@@ -381,7 +381,6 @@ def test_last_good_checkpoint_is_named_and_good(tiny, tmp_path, capsys, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(TranslationGame, "reward", lambda self, *args: next(calls, nan)(self, *args))
         assert main(to_argv(tiny)) == 1
-    checkpoint = tmp_path / "run" / "checkpoint" / "state.pt"
     expected = f"update 4: train_reward is nan; checkpoints, if any yet, are in {tmp_path / 'run'}"
     assert expected in last_line_of(capsys)
     assert train(configure(**tiny | dict(resume=True)))["end"]["update"] == 4
@@ -468,7 +467,7 @@ def test_unusable_tasks(tmp_path, name):
     task = Vowels()
     task.evaluate = lambda responses: dict(reward=1.0, drift=1.0)
     vars(task).update(changes)
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError, KeyError), match=message):
         train(configure(output_dir=str(tmp_path), **SHORT), task=task)
 
 
