@@ -574,11 +574,7 @@ def optimizer_step(module, optimizer, config, accelerator):
     """One step on the gradient averaged over the processes. Returns the gradient's norm."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for p in parameters:  # one that had no part in the loss has a gradient of 0, on every process
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if accelerator.num_processes > 1:
-        flat = accelerator.reduce(torch.cat([p.grad.reshape(-1) for p in parameters]), "mean")
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+        p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
     norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -1748,12 +1744,11 @@ class Run:
         return state
 
     def updates(self):
-        """The numbers of the updates to do. A signal to stop lets an update end; a second does not wait."""
+        """The numbers of the updates to do. A signal to stop lets an update end; the same again does not."""
 
         def stop(signum, frame):
-            if self.stop:
-                raise KeyboardInterrupt("stopped at once")
             self.stop = signum
+            signal.signal(signum, before[signum])  # of a second one
 
         main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
         signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and main_thread]

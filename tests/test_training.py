@@ -341,7 +341,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny, tmp_path, number, 
 def test_a_second_ctrl_c_does_not_wait(tiny, tmp_path, capsys, monkeypatch):
     signalled(monkeypatch, signal.SIGINT, signal.SIGINT)
     assert main(to_argv(tiny)) == 130
-    assert "stopped at once" in last_line_of(capsys)
+    assert last_line_of(capsys).endswith("KeyboardInterrupt")
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
