@@ -1829,34 +1829,31 @@ class Run:
 
 
 def claim(folder, config):
-    """Makes the folder and returns a lock on it. ValueError if it is not this run's alone."""
+    """Makes the folder and returns a lock on it. ValueError or OSError if it is not this run's alone."""
     from filelock import FileLock
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        now, file = json.loads(json.dumps(asdict(config))), folder / "config.json"
-        before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        for path in folder.iterdir():  # through a link, files elsewhere would be replaced
-            known = "reset_every" in before or path.name == ".lock" or path.suffix == ".partial"
-            if path.is_symlink() or not known:
-                raise ValueError(f"it holds {path.name}, a link or a file of others")
-        inputs = [now[name] for name in now if name.endswith(("model", "data", "programs"))]
-        for text in filter(None, map(str, inputs + now["sender_data"] + now["receiver_data"])):
-            path = Path(name_and_split(text)[0]).resolve()
-            if path.exists() and path.is_relative_to(folder.resolve()):
-                raise ValueError(f"it holds {text}, which the run reads")
-        if before and not config.resume:
-            raise ValueError("it holds a run: go on with --resume true, or choose another folder")
-        for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
-            if before and before.get(name) != now[name]:
-                raise ValueError(f"it holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
-        if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
-            raise ValueError("it holds a complete run without its checkpoint")
-        lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
-        lock.acquire(timeout=0)  # another process may work there
-        return lock
-    except Exception as error:  # there is no end to what may be wrong with a folder
-        raise ValueError(f"output_dir {folder} cannot be used: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    now, file = json.loads(json.dumps(asdict(config))), folder / "config.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for path in folder.iterdir():  # through a link, files elsewhere would be replaced
+        known = "reset_every" in before or path.name == ".lock" or path.suffix == ".partial"
+        if path.is_symlink() or not known:
+            raise ValueError(f"output_dir {folder} holds {path.name}, a link or a file of others")
+    inputs = [now[name] for name in now if name.endswith(("model", "data", "programs"))]
+    for text in filter(None, map(str, inputs + now["sender_data"] + now["receiver_data"])):
+        path = Path(name_and_split(text)[0]).resolve()
+        if path.exists() and path.is_relative_to(folder.resolve()):
+            raise ValueError(f"output_dir {folder} holds {text}, which the run reads")
+    if before and not config.resume:
+        raise ValueError(f"{folder} holds a run: go on with --resume true, or choose another output_dir")
+    for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
+        if before and before.get(name) != now[name]:
+            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
+    if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
+        raise ValueError(f"{folder} holds a complete run without its checkpoint")
+    lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
+    lock.acquire(timeout=0)  # another process may work there
+    return lock
 
 
 @contextlib.contextmanager
