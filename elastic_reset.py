@@ -1839,16 +1839,11 @@ def claim(folder, config):
         known = "reset_every" in before or path.name == ".lock" or path.suffix == ".partial"
         if path.is_symlink() or not known:
             raise ValueError(f"output_dir {folder} holds {path.name}, a link or a file of others")
-    inputs = [now[name] for name in now if name.endswith(("model", "data", "programs"))]
-    for text in filter(None, map(str, inputs + now["sender_data"] + now["receiver_data"])):
-        path = Path(name_and_split(text)[0]).resolve()
-        if path.exists() and path.is_relative_to(folder.resolve()):
-            raise ValueError(f"output_dir {folder} holds {text}, which the run reads")
     if before and not config.resume:
         raise ValueError(f"{folder} holds a run: go on with --resume true, or choose another output_dir")
     for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
-        if before and before.get(name) != now[name]:
-            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
+        if before.get(name, now[name]) != now[name]:
+            raise ValueError(f"{folder} holds a run with {name} {before[name]!r}, not {now[name]!r}")
     if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
         raise ValueError(f"{folder} holds a complete run without its checkpoint")
     lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)

@@ -174,7 +174,7 @@ def test_a_folder_with_a_run_is_refused_untouched_and_resumed_when_asked(tiny, t
         for changes, message in [
             ({}, "holds a run: go on with --resume true, or choose another"),
             (dict(resume=True, learning_rate=0.1), "holds a run with learning_rate 0.0002, not 0.1"),
-            (inside, "which the run reads"),
+            (inside, "holds a run with model '', not "),
             (dict(resume=True, updates=3), "has done 4 updates"),
         ]:
             capsys.readouterr()
