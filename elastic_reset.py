@@ -1842,8 +1842,8 @@ def claim(folder, config):
     if before and not config.resume:
         raise ValueError(f"{folder} holds a run: go on with --resume true, or choose another output_dir")
     for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
-        if before.get(name, now[name]) != now[name]:
-            raise ValueError(f"{folder} holds a run with {name} {before[name]!r}, not {now[name]!r}")
+        if before and before.get(name) != now[name]:
+            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
     if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
         raise ValueError(f"{folder} holds a complete run without its checkpoint")
     lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
