@@ -153,7 +153,7 @@ def test_the_command_line_and_its_folder(tiny, tmp_path, baseline, capsys):
     assert not finished(configure_baseline(baseline, **flags | {name: value + 1}))
     capsys.readouterr()
     assert main([baseline, *to_argv(flags | dict(resume=True)), f"--{name}", str(value + 1)]) == 2
-    assert f"it holds a run with {name} {value!r}, not {value + 1!r}" in capsys.readouterr().err
+    assert f"holds a run with {name} {value!r}, not {value + 1!r}" in capsys.readouterr().err
     again = ["--config", str(run / "config.json"), "--updates", "5", "--resume", "true"]
     assert main([baseline, *again]) == 0
     assert metrics_of(run)[-1]["update"] == 5
