@@ -489,7 +489,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
                 minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
                 stats |= run.mean_over_processes(minibatch_stats)  # the last minibatch's stay
             if config.ema_update == "epoch":
-                run.timed(elastic.update)
+                elastic.update()
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         if hasattr(task, "learn"):  # in translation, the receiver
@@ -500,13 +500,13 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
         if config.ema_update == "update":
-            run.timed(elastic.update)
+            elastic.update()
 
         # 6. Reset: policy <- EMA, EMA <- start. (5 and 6 are elastic.step(), in two to evaluate in between.)
         resets = config.reset != "none" and update % config.reset_every == 0
         if resets:
             run.log(evaluate(task, model, elastic, config), "before reset", stats)
-            run.timed(elastic.reset)
+            elastic.reset()
 
         # 7. Evaluate and log
         if resets or update % config.eval_every == 0 or update == config.updates:
@@ -566,11 +566,7 @@ def optimizer_step(module, optimizer, config, accelerator):
     """One step on the gradient averaged over the processes. Returns the gradient's norm."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for p in parameters:  # one that had no part in the loss has a gradient of 0, on every process
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if accelerator.num_processes > 1:
-        flat = accelerator.reduce(torch.cat([p.grad.reshape(-1) for p in parameters]), "mean")
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+        p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
     norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -587,10 +583,7 @@ def evaluate(task, model, elastic, config):
         logprobs, _, _ = model(batch, with_values=False)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
-    metrics = task.evaluate(responses)
-    if not {"reward", "drift"} <= metrics.keys():
-        raise ValueError(f"evaluate() gave {', '.join(metrics)}; expected reward, drift and other numbers")
-    return dict(**metrics, kl=torch.cat(kl).mean().item())
+    return dict(**task.evaluate(responses), kl=torch.cat(kl).mean().item())
 
 
 # ================================================= 4. Tasks ================================================
@@ -784,10 +777,8 @@ class TechnicalQA:
     def evaluate(self, responses):
         prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
         human, longest = [self.human[p] + self.tokenizer.eos_token for p in prompts], self.config.max_length
-        tax, elsewhere = (
-            pass_at_k(self.policy, self.tokenizer, problems, self.config)
-            for problems in (self.problems, self.elsewhere)
-        )
+        tax = pass_at_k(self.policy, self.tokenizer, self.problems, self.config)
+        elsewhere = pass_at_k(self.policy, self.tokenizer, self.elsewhere, self.config)
         return dict(
             reward=sum(rewards) / len(rewards),
             drift=math.exp(mean_nll(self.policy, self.tokenizer, prompts, human, longest)),
@@ -804,7 +795,21 @@ TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQ
 # =============================================== 5. Settings ===============================================
 
 
-KINDS = {int: "integer", float: "number", bool: "true|false", str: "text", list: "texts"}
+NO_KL = dict(kl_coef=0.0, kl_target=0.0, kl_reference="init")
+METHODS = {  # what each sets over the preset; for KL penalties see KL_COEFS too
+    "elastic-reset": dict(reset="elastic"),
+    "ppo": dict(reset="none", **NO_KL),
+    "ppo-kl": dict(reset="none", kl_reference="init"),
+    "reinforce": dict(reset="none", **NO_KL, num_ppo_epochs=1, mini_batch_size=0, vf_coef=0.0, lam=1.0),
+    "fixed-sender": dict(reset="none", num_ppo_epochs=0),
+    "reset-init": dict(reset="init"),
+    "reset-ema": dict(reset="ema"),
+    "ema-reference": dict(reset="none", kl_reference="ema"),  # WARP's first stage, EMA-PG
+}
+
+
+def expected(f):
+    return "|".join(get_args(f.type)) or f.type.__name__
 
 
 def tasks_of(f):
@@ -814,7 +819,8 @@ def tasks_of(f):
 
 
 def flag(default, help, low=None, high=10**9, group=None):
-    """A setting with its help, its range and, on the first of a group, the group's title in --help."""
+    """A setting: its help, its range, which may end at another setting, and, on the first of a group, the
+    group's title in --help."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
 
 
@@ -823,7 +829,7 @@ class Config:
     """All settings of a run; configure() makes one of a preset, a method and what the user gave."""
 
     task: str = flag("custom", "what to train: translation, imdb or qa", group="The run")
-    method: str = flag("elastic-reset", "a named set of defaults, one of METHODS")
+    method: Literal[tuple(METHODS)] = flag("elastic-reset", "a named set of defaults")
     preset: Literal["mini", "paper"] = flag("mini", "minutes on two CPU cores, or the paper's setting")
     seed: int = flag(0, "of sampling and data order; pretraining has a fixed one", 0, 10**18)
     updates: int = flag(200, "PPO updates; each samples batch_size responses", 1)
@@ -831,9 +837,9 @@ class Config:
     eval_size: int = flag(256, "validation prompts (and programs) to evaluate on", 1)
     save_every: int = flag(20, "updates between checkpoints", 1)
     output_dir: str = flag("", "where the files go; empty: runs/<task>/<method>/seed<seed>")
-    resume: bool = flag(False, "go on from the checkpoint in output_dir; needs the same settings")
+    resume: bool = flag(False, "true: go on from the checkpoint in output_dir; needs the same settings")
 
-    reset: Literal["elastic", "ema", "init", "none"] = flag("elastic", "a rule", group="Elastic Reset")
+    reset: Literal[tuple(RESET_RULES)] = flag("elastic", "a rule", group="Elastic Reset")
     reset_every: int = flag(40, "PPO updates between resets", 1)
     ema_decay: float = flag(0.97, "decay ** reset_every is the start's share of a reset", 0, 1)
     ema_update: Literal["update", "epoch"] = flag("update", "when the EMA moves")
@@ -841,11 +847,12 @@ class Config:
     learning_rate: float = flag(2e-4, "AdamW's", 0, 1, group="PPO")
     value_learning_rate: float = flag(0.0, "of the value head or model; 0: learning_rate", 0, 1)
     batch_size: int = flag(128, "responses sampled per update", 1)
-    mini_batch_size: int = flag(64, "responses per optimizer step; 0: batch_size", 0)
+    mini_batch_size: int = flag(64, "responses per optimizer step; 0: batch_size", 0, "batch_size")
     num_ppo_epochs: int = flag(2, "passes over each batch; 0 keeps the policy fixed", 0)
     gradient_accumulation_steps: int = flag(1, "parts a minibatch is cut into, to save memory", 1)
-    response_length: int = flag(20, "longest response, in tokens", 1)
-    min_response_length: int = flag(0, "shortest response: no EOS is sampled before", 0)
+    max_length: int = flag(64, "longest input or target text, in tokens; the rest is cut off", 2)
+    response_length: int = flag(20, "longest response, in tokens", 1, "max_length")
+    min_response_length: int = flag(0, "shortest: no EOS is sampled before", 0, "response_length")
     temperature: float = flag(1.0, "sampling temperature", 0.01, 100)
     gamma: float = flag(1.0, "discount", 0, 1)
     lam: float = flag(0.95, "lambda of the advantage estimation", 0, 1)
@@ -855,7 +862,7 @@ class Config:
     entropy_coef: float = flag(0.0, "weight of the entropy bonus", 0)
     max_grad_norm: float = flag(1.0, "longest gradient; longer ones are scaled down", 1e-9)
     early_stop_kl: float = flag(0.0, "end an update once the last minibatch's KL exceeds this; 0: never", 0)
-    separate_value_model: bool = flag(False, "instead of a value head on the policy")
+    separate_value_model: bool = flag(False, "true: instead of a value head on the policy")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of loaded weights; bfloat16 loses small steps")
 
     kl_coef: float = flag(0.0, "weight of the per-token KL penalty", 0, group="KL penalty")
@@ -877,8 +884,7 @@ class Config:
     d_model: int = flag(96, "pretraining: width of a model, a multiple of 8", 8)
     layers: int = flag(1, "pretraining: layers (of the encoder and of the decoder)", 1)
     vocab_size: int = flag(0, "pretraining: BPE vocabulary; 0: one token a word", 0)
-    prompt_length: int = flag(10, "imdb, qa: tokens of a review that make a prompt; longest question", 1)
-    max_length: int = flag(64, "longest input or target text, in tokens; the rest is cut off", 2)
+    prompt_length: int = flag(10, "imdb, qa: longest question, or cut of a review", 1, "max_length")
     pretrain_updates: int = flag(800, "pretraining: updates; 0: --model is fine-tuned already", 0)
     pretrain_batch_size: int = flag(128, "pretraining: examples per update", 1)
     pretrain_learning_rate: float = flag(2e-3, "pretraining: peak learning rate", 0, 1)
@@ -891,21 +897,16 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, words = getattr(self, f.name), get_args(f.type)
-            low, high = f.metadata["low"], f.metadata["high"]
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            most, words = getattr(self, high) if isinstance(high, str) else high, get_args(f.type)
             types = {float: (int, float), list: (list, tuple)}.get(f.type) or (str if words else f.type)
-            fine = isinstance(value, types) and (f.type is bool or not isinstance(value, bool))
-            fine = fine and (low is None or low <= value <= high) and (not words or value in words)
+            fine = isinstance(value, types) and isinstance(value, bool) == (f.type is bool)
+            fine = fine and (low is None or low <= value <= most) and (not words or value in words)
             if not fine:
-                expected = KINDS.get(f.type) or ", ".join(words)
-                limits = "" if low is None else f" from {low} to {high:,}"
-                raise ValueError(f"{f.name} is {value!r}; expected {expected}{limits}")
+                limits = "" if low is None else f" from {low} to {most:,}" + f" ({high})" * (most != high)
+                raise ValueError(f"{f.name} is {value!r}; expected {expected(f)}{limits}")
             if self.task in TASKS and self.task not in tasks_of(f) and value not in (f.default, []):
                 raise ValueError(f"{f.name} is a setting of {', '.join(tasks_of(f))}, not of {self.task}")
-        for name, most in SHORTER.items():
-            value, limit = getattr(self, name), getattr(self, most)
-            if value > limit:
-                raise ValueError(f"{name} is {value}; expected {most} ({limit}, maybe by preset) or less")
         if self.d_model % 8:
             raise ValueError(f"d_model is {self.d_model}; expected a multiple of 8")
         if not self.kl_coef and (self.kl_target or self.kl_reference != "init" or self.method == "ppo-kl"):
@@ -917,21 +918,6 @@ class Config:
         how = dict(shortest=self.min_response_length, max_length=self.max_length)
         return dict(response_length=self.response_length, temperature=self.temperature, **how)
 
-
-SHORTER = {"min_response_length": "response_length", "mini_batch_size": "batch_size"}
-SHORTER |= {"prompt_length": "max_length", "response_length": "max_length"}
-NO_KL = dict(kl_coef=0.0, kl_target=0.0, kl_reference="init")
-METHODS = {  # what each sets over the preset; of KL penalties see KL_COEFS too
-    "elastic-reset": dict(reset="elastic"),
-    "ppo": dict(reset="none", **NO_KL),
-    "ppo-kl": dict(reset="none", kl_reference="init"),
-    "reinforce": dict(reset="none", **NO_KL, num_ppo_epochs=1, mini_batch_size=0, vf_coef=0.0, lam=1.0),
-    "fixed-sender": dict(reset="none", num_ppo_epochs=0),
-    "reset-init": dict(reset="init"),
-    "reset-ema": dict(reset="ema"),
-    "ema-reference": dict(reset="none", kl_reference="ema"),  # WARP's first stage, EMA-PG
-}
-KL_COEFS = {"translation/mini": 0.045, "translation/paper": 0.05, "imdb/mini": 0.01, "qa/mini": 0.3}
 
 IWSLT = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-{}-en/train/*.parquet"
 STACK = "hf://datasets/lvwerra/stack-exchange-paired/data"
@@ -949,10 +935,10 @@ PRESETS = {
         eval_every=200, save_every=200, eval_size=1014,
     ),
     "imdb/mini": dict(
-        layers=2, prompt_length=10, response_length=32, min_response_length=32, max_length=60,
-        pretrain_updates=500, pretrain_batch_size=64, reward_updates=500, updates=240, batch_size=16,
-        mini_batch_size=16, num_ppo_epochs=4, lam=1.0, learning_rate=1e-4, value_learning_rate=3e-3,
-        reset_every=40, ema_decay=0.95, kl_coef=0.01, eval_size=200,
+        layers=2, response_length=32, min_response_length=32, max_length=60, pretrain_updates=500,
+        pretrain_batch_size=64, reward_updates=500, updates=240, batch_size=16, mini_batch_size=16,
+        num_ppo_epochs=4, lam=1.0, learning_rate=1e-4, value_learning_rate=3e-3, reset_every=40,
+        ema_decay=0.95, kl_coef=0.01, eval_size=200,
     ),
     "imdb/paper": dict(
         model="lvwerra/gpt2-imdb", reward_model="lvwerra/distilbert-imdb", language_model="gpt2",
@@ -981,15 +967,12 @@ PRESETS = {
         eval_every=100,
     ),
 }  # fmt: skip
+KL_COEFS = {"translation/mini": 0.045, "translation/paper": 0.05, "qa/mini": 0.3}  # in place of resets
 
 
 def configure(task="custom", method="elastic-reset", preset="mini", **given) -> Config:
     """Defaults < the task's preset < the method < `given`."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    if unknown := given.keys() - {f.name for f in fields(Config)}:
-        raise ValueError(f"unknown setting {min(unknown)!r}; --help lists them all")
-    layers = PRESETS.get(f"{task}/{preset}", {}) | METHODS[method]
+    layers = PRESETS.get(f"{task}/{preset}", {}) | METHODS.get(method, {})
     if method in ("ppo-kl", "ema-reference"):
         layers["kl_coef"] = KL_COEFS.get(f"{task}/{preset}", layers.get("kl_coef", 0.0))
     return Config(task, method, preset, **layers | given)
@@ -1682,20 +1665,19 @@ def toy_problem(function, prompt, begun=""):
 class Run:
     """A run's folder, log, checkpoints and progress. Of several processes the main one writes."""
 
-    COUNTERS = ("update", "kl_coef", "history", "samples", "averaging")
+    COUNTERS = ("update", "kl_coef", "history", "samples")
 
     def __init__(self, config):
         self.config, self.accelerator = config, processes()
         self.folder = Path(config.output_dir or f"runs/{config.task}/{config.method}/seed{config.seed}")
         self.main, n = self.accelerator.is_main_process, self.accelerator.num_processes
         self.lock = claim(self.folder, config) if self.main else None
-        self.accelerator.wait_for_everyone()
         if config.batch_size % n or config.mini_batch_size % n:
             raise ValueError(f"batch_size and mini_batch_size must be multiples of the {n} processes")
         self.rows = slice(self.accelerator.process_index, None, n)  # of a batch, this process's share
         self.checkpoints = [self.folder / "checkpoint" / name for name in ("state.pt", "previous.pt")]
         self.update, self.kl_coef, self.history, self.samples = 0, config.kl_coef, [], []
-        self.averaging, self.began, self.stop, self.bar = 0.0, time.perf_counter(), 0, None
+        self.began, self.stop, self.bar = time.perf_counter(), 0, None
 
     def begin(self, parts):
         """Names the parts that checkpoints hold; when resuming, fills them from the last whole one."""
@@ -1704,30 +1686,29 @@ class Run:
             try:
                 saved = saved or self._read(path)
             except Exception as error:  # there is no end to what may be wrong with a file
-                problems.append(f"checkpoint {path} is damaged or another's: {one_line(error)}")
+                problems.append(f"checkpoint {path} is damaged or another's: {error}")
+        if problems and not saved:
+            raise ValueError("; ".join(problems))
+        for problem in problems:
+            print(f"{problem}; the one before is used", file=sys.stderr)
         if saved:
             if saved["update"] > self.config.updates:
                 raise ValueError(f"{self.folder} has done {saved['update']} updates; set updates to more")
-            print(*[f"{problem}; the one before is used\n" for problem in problems], file=sys.stderr, end="")
             for name, part in parts.items():
                 part.load_state_dict(part.state_dict() | saved["parts"][name])
             vars(self).update({name: saved[name] for name in self.COUNTERS})
             self.began -= self.history[-1]["seconds"]
-        elif problems:
-            raise ValueError("; ".join(problems))
         if self.main:
             (self.folder / "samples.md").unlink(missing_ok=True)  # where it is, the run is complete
             write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
 
     def _read(self, path):
         """A checkpoint. Raises an error unless it has the names, types, shapes and dtypes of this run's."""
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch does not look at the checksums
-                raise ValueError("a checksum is wrong")
+        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
-            stepped = saved["parts"][name].get("state") or name == "optimizer" and self.config.num_ppo_epochs
-            if isinstance(part, torch.optim.Optimizer) and stepped:
+            if isinstance(part, torch.optim.Optimizer) and saved["parts"][name]["state"]:
                 for p in [p for group in part.param_groups for p in group["params"]]:
                     p.grad = torch.zeros_like(p)
                 part.step()  # along a gradient of 0, for the slots that are to be compared
@@ -1744,17 +1725,16 @@ class Run:
         return state
 
     def updates(self):
-        """The numbers of the updates to do. A signal to stop lets an update end; a second does not wait."""
+        """The numbers of the updates to do. A signal to stop lets an update end; the same again does not."""
 
         def stop(signum, frame):
-            if self.stop:
-                raise KeyboardInterrupt("stopped at once")
             self.stop = signum
+            signal.signal(signum, before[signum])  # of a second one
 
         main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP") if main_thread]
-        heeded = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # as nohup sets SIGHUP
-        before = {n: signal.signal(n, stop) for n in heeded}
+        signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and main_thread]
+        heeded = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # as nohup sets SIGHUP
+        before = {s: signal.signal(s, stop) for s in heeded}
         how = dict(desc=f"RL, {self.config.method}", initial=self.update, total=self.config.updates)
         try:
             with progress(range(self.update + 1, self.config.updates + 1), **how) as self.bar:
@@ -1768,9 +1748,8 @@ class Run:
     def save_if_due(self):
         """A checkpoint if it is time for one or the run was asked to stop, which raises KeyboardInterrupt."""
         stop = self.mean_over_processes(dict(stop=self.stop))["stop"]
-        if not stop and self.update % self.config.save_every and self.update != self.config.updates:
-            return
-        if self.main:
+        due = stop or self.update % self.config.save_every == 0 or self.update == self.config.updates
+        if due and self.main:
             newest, previous = self.checkpoints
             with written_whole(newest) as aside:
                 torch.save(self._state(), aside)
@@ -1781,22 +1760,10 @@ class Run:
             stopped.signum = self.stop or signal.SIGTERM  # of another process
             raise stopped
 
-    def timed(self, work):
-        """Does some work of the averages, and counts its seconds."""
-        began = time.perf_counter()
-        work()
-        self.averaging += time.perf_counter() - began
-
     def gathered(self, batch):
         """A batch of this process's rows as that of all processes, in the order of the prompts."""
-        from accelerate.utils import pad_across_processes
-
-        n, gather = self.accelerator.num_processes, self.accelerator.gather
-        if n == 1:
-            return batch
-        whole = {
-            name: gather(pad_across_processes(x, dim=1) if x.dim() > 1 else x) for name, x in batch.items()
-        }
+        whole = self.accelerator.gather(self.accelerator.pad_across_processes(batch, dim=1))
+        n = self.accelerator.num_processes
         return {name: torch.stack(x.chunk(n), 1).flatten(0, 1) for name, x in whole.items()}
 
     def mean_over_processes(self, stats):
@@ -1805,22 +1772,22 @@ class Run:
         stats = dict(zip(stats, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         for name, value in stats.items():
             if not math.isfinite(value):
-                good = f"checkpoints, if any yet, are in {self.checkpoints[0].parent}"
-                raise FloatingPointError(f"update {self.update}: {name} is {value}; {good}")
+                where = f"checkpoints, if any yet, are in {self.folder}"
+                raise FloatingPointError(f"update {self.update}: {name} is {value}; {where}")
         return stats
 
     def log(self, metrics, event="", stats=None):
         """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
         columns = metrics.pop("samples", {})
-        rows = list(zip(*columns.values(), strict=True))[:5]
-        self.samples = [*self.samples[:1], [dict(zip(columns, map(str, row), strict=True)) for row in rows]]
+        rows = [dict(zip(columns, map(str, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+        self.samples = [*self.samples[:1], rows[:5]]
         line = dict(update=self.update, event=event, seconds=round(time.perf_counter() - self.began, 2))
         line = dict(**line, **(stats or {}), **self.mean_over_processes(metrics))
         self.history.append(line)
         if self.main:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
+        numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
         if self.bar is not None:
-            numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
             self.bar.set_postfix_str(f"{numbers}, resets {self.parts['elastic'].resets}")
 
     def finish(self, task):
@@ -1834,48 +1801,35 @@ class Run:
                 plot_run(self.history, aside)
             write_text(self.folder / "samples.md", samples_text(*self.samples, end["update"]))
             print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
-            for name in [name for name in [*start][3:] if name in end]:  # after update, event, seconds
-                print(f"{name:<10}{start[name]:>10.3f}   {end[name]:.3f}")
-            share = (
-                f"{elastic.backend}, {self.averaging / (time.perf_counter() - self.began):.2%} of the time"
-            )
-            print(f"resets: {elastic.resets}; averages: {share}; {getattr(task, 'footnote', '')}")
-            print(f"{self.folder}:", *sorted(p.name + "/" * p.is_dir() for p in self.folder.glob("[!.]*")))
+            for name in [*start][3:]:  # after update, event, seconds
+                print(f"{name:<10}{start[name]:>10.3f}   {end.get(name, math.nan):.3f}")
+            print(f"resets: {elastic.resets}; averages: {elastic.backend}; {getattr(task, 'footnote', '')}")
+            print(f"files: {self.folder}")
             self.lock.release()
         return dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
 
 
 def claim(folder, config):
-    """Makes the folder and returns a lock on it. ValueError if it is not this run's alone."""
-    from filelock import FileLock, Timeout
+    """Makes the folder and returns a lock on it. ValueError or OSError if it is not this run's alone."""
+    from filelock import FileLock
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        now, file, found = json.loads(json.dumps(asdict(config))), folder / "config.json", [*folder.iterdir()]
-        before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        if "reset_every" not in before and any(p.name != ".lock" and p.suffix != ".partial" for p in found):
-            raise ValueError("it holds other files")
-        if links := [path.name for path in found if path.is_symlink()]:
-            raise ValueError(f"it holds a link, {links[0]}, to where other files may be")
-        texts = [now[name] for name in now if name.endswith(("model", "data", "programs"))]
-        texts = [text for text in texts if isinstance(text, str)]
-        for text in filter(None, texts + now["sender_data"] + now["receiver_data"]):
-            path = Path(name_and_split(text)[0]).resolve()
-            if path.exists() and path.is_relative_to(folder.resolve()):
-                raise ValueError(f"it holds {text}, which the run reads")
-        if before and not config.resume:
-            raise ValueError("it holds a run: go on with --resume true, or choose another folder")
-        for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
-            if before and before.get(name) != now[name]:
-                raise ValueError(f"it holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
-        if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
-            raise ValueError("it holds a complete run without its checkpoint")
-        lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
-        lock.acquire(timeout=0)
-        return lock
-    except Exception as error:  # there is no end to what may be wrong with a folder
-        why = "another process works in it" if isinstance(error, Timeout) else one_line(error)
-        raise ValueError(f"output_dir {folder} cannot be used: {why}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    now, file = json.loads(json.dumps(asdict(config))), folder / "config.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for path in folder.iterdir():  # through a link, files elsewhere would be replaced
+        known = "reset_every" in before or path.name == ".lock" or path.suffix == ".partial"
+        if path.is_symlink() or not known:
+            raise ValueError(f"output_dir {folder} holds {path.name}, a link or a file of others")
+    if before and not config.resume:
+        raise ValueError(f"{folder} holds a run: go on with --resume true, or choose another output_dir")
+    for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
+        if before and before.get(name) != now[name]:
+            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
+    if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
+        raise ValueError(f"{folder} holds a complete run without its checkpoint")
+    lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
+    lock.acquire(timeout=0)  # another process may work there
+    return lock
 
 
 @contextlib.contextmanager
@@ -1945,19 +1899,18 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(argv):
     """The settings given, {name: value}, by flags and by the file of --config. Config checks them."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("elastic_reset.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    how = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser("elastic_reset.py", description=__doc__, formatter_class=style, **how)
     parser.add_argument("--config", metavar="FILE", help="YAML of flags, or a run's config.json; flags win")
     group, presets = parser, {task: PRESETS[f"{task}/mini"] for task in TASKS}
     for f in fields(Config):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         others = "".join(f"; {task} {preset[f.name]}" for task, preset in presets.items() if f.name in preset)
         default = f" (default {f.default}{others})" if f.default not in ("", (), "custom") else ""
-        help = f.metadata["help"].replace("METHODS", ", ".join(METHODS)) + default
-        how = dict(default=argparse.SUPPRESS, nargs="+" if f.type is list else None)
-        how["metavar"] = KINDS.get(f.type) or "|".join(get_args(f.type))
-        group.add_argument(f"--{f.name}", help=help, **how)
+        how = dict(metavar=expected(f), nargs="+" if f.type is list else None)
+        group.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **how)
     given = vars(parser.parse_args(argv))
-    if path := given.pop("config"):
+    if path := given.pop("config", None):
         import yaml
 
         with open(path, encoding="utf-8") as file:
@@ -1968,8 +1921,8 @@ def parse_flags(argv):
             raise ValueError(f"--method and --config {path}, which sets all that a method does: give one")
         given = known | given
     for name in given.keys() & {f.name for f in fields(Config) if f.type in (int, float, bool)}:
-        with contextlib.suppress(TypeError, ValueError):
-            given[name] = json.loads(given[name])
+        with contextlib.suppress(AttributeError, ValueError):
+            given[name] = json.loads(given[name].lower())  # True too
     return given
 
 
@@ -2001,12 +1954,12 @@ class ElasticResetCallback:
     TrainingArguments as well, as resume_from_checkpoint."""
 
     def __init__(self, decay=0.995, reset_every=17, reset="elastic"):
-        self.settings, self.elastic = (decay, reset_every, reset), None
-        ElasticReset([nn.Parameter(torch.zeros(1))], *self.settings)  # raises for settings that cannot be
+        self.settings = (decay, reset_every, reset)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Begins at the model's weights or, with steps done, where their checkpoint left off."""
         from accelerate.state import AcceleratorState
+        from safetensors import safe_open
 
         shared = AcceleratorState()
         fsdp1 = shared.distributed_type == "FSDP" and shared.fsdp_plugin.fsdp_version == 1
@@ -2014,7 +1967,12 @@ class ElasticResetCallback:
             raise ValueError("ElasticResetCallback works without DeepSpeed, FSDP1 and auto_find_batch_size")
         self.elastic = ElasticReset(model, *self.settings)
         if state.global_step:
-            self._load(args, state)
+            folder = args.resume_from_checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"
+            with safe_open(f"{folder}/elastic_reset.safetensors", "pt") as file:
+                if file.metadata() != dict(run=state.stateful_callbacks.get("elastic_reset_run")):
+                    hint = "name the one resumed from in TrainingArguments(resume_from_checkpoint=...)"
+                    raise ValueError(f"{folder} holds another run's averages; {hint}")
+                self.elastic.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
         self.run = state.stateful_callbacks["elastic_reset_run"] = os.urandom(8).hex()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -2033,21 +1991,6 @@ class ElasticResetCallback:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             with written_whole(folder / "elastic_reset.safetensors") as aside:
                 save_file(averages, aside, metadata=dict(run=self.run))
-
-    def _load(self, args, state):
-        """The averages that were saved with the trainer's state: both have the same random `run`."""
-        from safetensors import safe_open
-
-        folder = args.resume_from_checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"
-        path = Path(folder) / "elastic_reset.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                if file.metadata() != dict(run=state.stateful_callbacks.get("elastic_reset_run")):
-                    raise ValueError("it holds another run's averages")
-                self.elastic.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        except Exception as error:
-            hint = "name the folder resumed from in TrainingArguments(resume_from_checkpoint=...)"
-            raise ValueError(f"{path}: {error}; {hint}") from error
 
     def __getattr__(self, event):
         """The trainer's other events: nothing to do. (With transformers' base class, importing this file

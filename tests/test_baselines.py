@@ -153,7 +153,7 @@ def test_the_command_line_and_its_folder(tiny, tmp_path, baseline, capsys):
     assert not finished(configure_baseline(baseline, **flags | {name: value + 1}))
     capsys.readouterr()
     assert main([baseline, *to_argv(flags | dict(resume=True)), f"--{name}", str(value + 1)]) == 2
-    assert f"it holds a run with {name} {value!r}, not {value + 1!r}" in capsys.readouterr().err
+    assert f"holds a run with {name} {value!r}, not {value + 1!r}" in capsys.readouterr().err
     again = ["--config", str(run / "config.json"), "--updates", "5", "--resume", "true"]
     assert main([baseline, *again]) == 0
     assert metrics_of(run)[-1]["update"] == 5
@@ -166,7 +166,7 @@ def test_the_command_line_and_its_folder(tiny, tmp_path, baseline, capsys):
         ("S3", "invalid choice: 'S3'"),
         ("S2P --s2p_coef -1", "s2p_coef is -1.0; expected"),
         ("S2P --s2p_coef much", "invalid float value: 'much'"),
-        ("S2P --sil_every 3", "unknown setting 'sil_every'"),
+        ("S2P --sil_every 3", "unexpected keyword argument 'sil_every'"),
         ("SIL --sil_every 0", "sil_every is 0; expected"),
         ("SIL --task qa", "--task is qa; SIL is a baseline of translation alone"),
         ("SIL --nothing 1", "unrecognized arguments: --nothing 1"),
