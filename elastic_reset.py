@@ -489,7 +489,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
                 minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
                 stats |= run.mean_over_processes(minibatch_stats)  # the last minibatch's stay
             if config.ema_update == "epoch":
-                elastic.update()
+                run.timed(elastic.update)
             if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
                 break
         if hasattr(task, "learn"):  # in translation, the receiver
@@ -500,13 +500,13 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
         if config.ema_update == "update":
-            elastic.update()
+            run.timed(elastic.update)
 
         # 6. Reset: policy <- EMA, EMA <- start. (5 and 6 are elastic.step(), in two to evaluate in between.)
         resets = config.reset != "none" and update % config.reset_every == 0
         if resets:
             run.log(evaluate(task, model, elastic, config), "before reset", stats)
-            elastic.reset()
+            run.timed(elastic.reset)
 
         # 7. Evaluate and log
         if resets or update % config.eval_every == 0 or update == config.updates:
@@ -583,7 +583,10 @@ def evaluate(task, model, elastic, config):
         logprobs, _, _ = model(batch, with_values=False)
         kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
         responses += texts
-    return dict(**task.evaluate(responses), kl=torch.cat(kl).mean().item())
+    metrics = task.evaluate(responses)
+    if not {"reward", "drift"} <= metrics.keys():
+        raise ValueError(f"evaluate() gave {', '.join(metrics)}; expected reward, drift and other numbers")
+    return dict(**metrics, kl=torch.cat(kl).mean().item())
 
 
 # ================================================= 4. Tasks ================================================
@@ -1141,7 +1144,7 @@ def load_model(role, name, kind, config, longest=0, **settings):
             model.generation_config.pad_token_id = tokenizer.pad_token_id
             set_plain_generation(model)
     except Exception as error:  # there is no end to what may be wrong with files
-        raise ValueError(f"{role} {name!r} cannot be used as a {kind} model: {one_line(error)}") from error
+        raise ValueError(f"{role} {name!r} cannot be used as a {kind} model: {error}") from error
     tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"  # where decoders go on
     for module in model.modules():
         if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
@@ -1327,7 +1330,7 @@ def load_rows(spec, columns):
         if len(kinds) > 1 or ".csv" in kinds and "__index_level_0__" in rows[0]:
             raise ValueError(f"it holds {' and '.join(sorted(kinds))} files, or columns without a name")
     except Exception as error:  # there is no end to what may be wrong with files
-        why = one_line(error.__cause__ or error) or "it holds no rows"
+        why = str(error.__cause__ or error) or "it holds no rows"
         raise ValueError(f"data {spec} cannot be read: {why}") from error
     rows = [row["translation"] if isinstance(row.get("translation"), dict) else row for row in rows]
     for (number, row), column in itertools.product(enumerate(rows, 1), columns.split()):
@@ -1665,7 +1668,7 @@ def toy_problem(function, prompt, begun=""):
 class Run:
     """A run's folder, log, checkpoints and progress. Of several processes the main one writes."""
 
-    COUNTERS = ("update", "kl_coef", "history", "samples")
+    COUNTERS = ("update", "kl_coef", "history", "samples", "averaging")
 
     def __init__(self, config):
         self.config, self.accelerator = config, processes()
@@ -1677,7 +1680,7 @@ class Run:
         self.rows = slice(self.accelerator.process_index, None, n)  # of a batch, this process's share
         self.checkpoints = [self.folder / "checkpoint" / name for name in ("state.pt", "previous.pt")]
         self.update, self.kl_coef, self.history, self.samples = 0, config.kl_coef, [], []
-        self.began, self.stop, self.bar = time.perf_counter(), 0, None
+        self.averaging, self.began, self.stop, self.bar = 0.0, time.perf_counter(), 0, None
 
     def begin(self, parts):
         """Names the parts that checkpoints hold; when resuming, fills them from the last whole one."""
@@ -1708,7 +1711,8 @@ class Run:
             raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Optimizer) and saved["parts"][name]["state"]:
+            stepped = name == "optimizer" and self.config.num_ppo_epochs
+            if isinstance(part, torch.optim.Optimizer) and (stepped or saved["parts"][name]["state"]):
                 for p in [p for group in part.param_groups for p in group["params"]]:
                     p.grad = torch.zeros_like(p)
                 part.step()  # along a gradient of 0, for the slots that are to be compared
@@ -1760,6 +1764,12 @@ class Run:
             stopped.signum = self.stop or signal.SIGTERM  # of another process
             raise stopped
 
+    def timed(self, work):
+        """Does some work of the averages, and counts its seconds."""
+        began = time.perf_counter()
+        work()
+        self.averaging += time.perf_counter() - began
+
     def gathered(self, batch):
         """A batch of this process's rows as that of all processes, in the order of the prompts."""
         whole = self.accelerator.gather(self.accelerator.pad_across_processes(batch, dim=1))
@@ -1803,7 +1813,8 @@ class Run:
             print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
             for name in [*start][3:]:  # after update, event, seconds
                 print(f"{name:<10}{start[name]:>10.3f}   {end.get(name, math.nan):.3f}")
-            print(f"resets: {elastic.resets}; averages: {elastic.backend}; {getattr(task, 'footnote', '')}")
+            share = f"{elastic.backend}, {self.averaging / (time.perf_counter() - self.began):.2%} of the time"
+            print(f"resets: {elastic.resets}; averages: {share}; {getattr(task, 'footnote', '')}")
             print(f"files: {self.folder}")
             self.lock.release()
         return dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
@@ -1887,10 +1898,6 @@ def samples_text(start, end, update):
     return "\n".join(line.strip().replace("    ", "&emsp;").replace("\n", "<br>") for line in lines)
 
 
-def one_line(error):
-    return " ".join(str(error).split())
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message}; --help lists all flags")  # in one line, without the usage
@@ -1934,7 +1941,8 @@ def main(argv=None) -> int:
         train(configure(**parse_flags(sys.argv[1:] if argv is None else argv)))
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        print(f"elastic_reset.py: {one_line(error) or type(error).__name__}", file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__  # in one line
+        print(f"elastic_reset.py: {message}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + getattr(error, "signum", signal.SIGINT)
         return 1 if isinstance(error, (FloatingPointError, RuntimeError)) else 2

@@ -347,7 +347,7 @@ def checkpoint_case(rng):
     good, tree, state = files[0].read_bytes(), read(files[0]), files[0].suffix == ".pt"
     if kind < 0.6:
         path, how = mutate(rng, tree)
-        vague = path[0] in ("samples", "seconds") or path[0] == "history" and len(path) > 1
+        vague = path[0] in ("samples", "seconds", "averaging") or path[0] == "history" and len(path) > 1
         vague |= "param_groups" in path or path[0] == "kl_coef" and how in ("huge", "half")
         vague |= files[0].suffix == ".json" or files[0].suffix == ".safetensors" and how == "dtype"
         name = "!" * (not vague) + f"{path}: {how}"
