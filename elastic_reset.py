@@ -1813,8 +1813,9 @@ class Run:
             print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
             for name in [*start][3:]:  # after update, event, seconds
                 print(f"{name:<10}{start[name]:>10.3f}   {end.get(name, math.nan):.3f}")
-            share = f"{elastic.backend}, {self.averaging / (time.perf_counter() - self.began):.2%} of the time"
-            print(f"resets: {elastic.resets}; averages: {share}; {getattr(task, 'footnote', '')}")
+            share = f"{self.averaging / (time.perf_counter() - self.began):.2%} of the time"
+            path = f"averages: {elastic.backend}, {share}"
+            print(f"resets: {elastic.resets}; {path}; {getattr(task, 'footnote', '')}")
             print(f"files: {self.folder}")
             self.lock.release()
         return dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
