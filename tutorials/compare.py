@@ -318,8 +318,9 @@ def tradeoff(record):
     the gain in reward over `floor` at a drift of at most d, averaged over d in the range, from the start's
     drift to the WORST that counts. The floor is the start's reward or, in the game, that of the sender that
     stays fixed, because what the receiver gains alone is not a method's. A method is made of all settings
-    that differ in KNOBS alone. It has `labels`, their areas taken together (`best`, the better of them at each
-    drift, per seed), the label `chosen`, as given or else that of the largest mean area, and the `worst`."""
+    that differ in KNOBS alone. It has `labels`, their areas taken together (`best`, the better of them at
+    each drift, per seed), the label `chosen`, as given or else that of the largest mean area, and the
+    `worst`."""
     histories, chosen = record["runs"], record.get("chosen", {})
     start, settings = next(iter(next(iter(histories.values())).values()))[0], {}
     low, task = start["drift"], next(iter(record["configs"].values())).get("task")
