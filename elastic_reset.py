@@ -1963,7 +1963,7 @@ class ElasticResetCallback:
     TrainingArguments as well, as resume_from_checkpoint."""
 
     def __init__(self, decay=0.995, reset_every=17, reset="elastic"):
-        self.settings = (decay, reset_every, reset)
+        self.settings, self.elastic = (decay, reset_every, reset), None
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Begins at the model's weights or, with steps done, where their checkpoint left off."""

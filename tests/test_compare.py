@@ -345,7 +345,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     (tmp_path / "ppo" / "seed0" / "notes").write_text("of somebody else")
     assert main(command(tmp_path, "fixed-sender,ppo,reinforce", "--seeds", "1")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 3 runs failed, the first in" in error and "ppo/seed0 " in error and "other files" in error
+    assert "1 of 3 runs failed, the first in" in error and "a file of others" in error
     assert (tmp_path / "reinforce" / "seed0" / "samples.md").exists()
     assert not (tmp_path / "summary.md").exists()
 
