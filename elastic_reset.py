@@ -9,7 +9,7 @@
 """Elastic Reset: fine-tune a language model with PPO and keep its language. One file, read from the top.
 
 The method (Noukhovitch, Lavoie, Strub, Courville: "Language Model Alignment with Elastic Reset", NeurIPS
-2023, arXiv 2312.07551). theta: the policy's weights; theta_0: those it starts with; theta_bar: their average.
+2023, arXiv 2312.07551). theta: weights of the policy (the model); theta_0: at the start; theta_bar: average.
 
     theta_bar <- theta_0
     for update = 1, 2, ...:
@@ -184,7 +184,7 @@ class ElasticReset:
         self.updates, self.resets = int(state["updates"]), int(state["resets"])
 
     def _drop_whole_copies(self) -> None:
-        """FSDP2 may keep whole parameters between passes, which would not see what the shards become."""
+        """Between passes FSDP2 may keep gathered copies of the parameters, which are stale now."""
         for module in self._fsdp:
             module.reshard()
 
@@ -259,7 +259,7 @@ def as_array(flat):
 
 
 def gather_logprobs(logits, tokens):
-    """log pi(token_t | tokens before t). (batch, response, vocab), (batch, response) -> (batch, response)"""
+    """log pi(a_t | before), a_t a token. (batch, response, vocab), (batch, response) -> (batch, response)"""
     return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
@@ -273,7 +273,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16). Both results: (batch, response)."""
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16): the advantages, how far rewards went
+    above the guess, and the returns. (batch, response) each."""
     advantages, advantage = torch.zeros_like(rewards), 0.0
     next_values = F.pad(values * mask, (0, 1))[:, 1:]  # after the last token 0
     # delta_t = r_t + gamma V_{t+1} - V_t;    A_t = delta_t + gamma lam A_{t+1}
@@ -424,12 +425,12 @@ def response_inputs(policy, input_ids, attention_mask, responses):
 
 
 def logits_and_states(policy, inputs, n):
-    """Logits (batch, n, vocab) at the last n positions alone, in float32, and the hidden states below."""
+    """Logits (batch, n, vocab) at the last n positions alone, in float32, and the output layer's input."""
     states = []
 
     def keep_last(output_layer, arguments):
         states.append(arguments[0][:, -n:])
-        return tuple(states)
+        return states[0]
 
     with policy.get_output_embeddings().register_forward_pre_hook(keep_last):
         return policy(**inputs, use_cache=False).logits.float(), states[0]
@@ -494,7 +495,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
                 break
         if hasattr(task, "learn"):  # in translation, the receiver
             stats = dict(**stats, **run.mean_over_processes(task.learn(prompts, texts) or {}))
-        if config.kl_target:  # adapt the coefficient within some 10,000 responses (arXiv 1909.08593, 2.2)
+        if config.kl_target:  # adapt it, at most 20 per cent in 10,000 responses (arXiv 1909.08593, 2.2)
             error = min(max(stats["train_kl"] / config.kl_target - 1, -0.2), 0.2)
             run.kl_coef *= 1 + error * config.batch_size / 10_000
 
@@ -513,7 +514,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
             run.log(evaluate(task, model, elastic, config), "after reset" if resets else "", stats)
         run.save_if_due()
 
-    if run.history[-1]["update"] < run.update:  # a run that was stopped here, between two evaluations
+    if run.history[-1]["update"] < run.update:  # resumed with `updates` set to where it was stopped
         run.log(evaluate(task, model, elastic, config))
     return run.finish(task)
 
@@ -523,7 +524,7 @@ def actor_critic(policy, config, accelerator):
     policy.eval()  # no dropout: the ratio of a policy to itself must be 1
     set_plain_generation(policy)
     model = ActorCritic(policy, config.temperature, config.separate_value_model, config.min_response_length)
-    # evaluation_mode: no DDP around it, which would hide the model's parts; optimizer_step() does its work
+    # evaluation_mode: no DDP around it, which would hide model.policy; optimizer_step() averages gradients
     model = accelerator.prepare_model(model, evaluation_mode=True)
     rate = config.learning_rate
     optimizer = adamw((model.policy, rate), (model.value, config.value_learning_rate or rate))
@@ -620,21 +621,21 @@ class TranslationGame:
     """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The reward of the sender, our policy, is the
     receiver's mean log-likelihood per token of the German reference, which the receiver learns. Nobody checks
     the English between, so it drifts: `drift` is the human English's negative log-likelihood per token, in
-    the embedded game that of sentences whose words the start has right, which can only be unlearned."""
+    the embedded game only of sentences whose words the start translates rightly, and can only unlearn."""
 
     def __init__(self, config: "Config"):
         self.config, data, kind = config, translation_data(config), "Seq2SeqLM"
         self.sender_pairs, self.validation = data["sender"], data["validation"][: config.eval_size]
         self.known = data.get("known", data["validation"])[: config.eval_size]
         self.validation_prompts = [row["fr"] for row in self.validation]
-        self.german = {row["fr"]: row["de"] for row in reversed(data["train"])}  # the first of several
+        self.german = {row["fr"]: row["de"] for row in reversed(data["train"])}  # the first one counts
         french = list(dict.fromkeys(row["fr"] for row in data["train"]))
         self.prompts = functools.partial(shuffled, french, seed=config.seed)
         how = (likelihood_loss, config.pretrain_updates, config)
         sender, receiver = config.model, config.receiver_model
-        sender = sender or trained("sender", kind, "marian", data["texts"], data["sender"], *how)
+        sender = sender or pretrained("sender", kind, "marian", data["texts"], data["sender"], *how)
         self.policy, self.tokenizer = load_model("sender", sender, kind, config, config.max_length)
-        receiver = receiver or trained("receiver", kind, "marian", data["texts"], data["receiver"], *how)
+        receiver = receiver or pretrained("receiver", kind, "marian", data["texts"], data["receiver"], *how)
         self.receiver = load_model("receiver", receiver, kind, config, config.max_length)
         self.receiver_tokenizer, self.accelerator = self.receiver[1], processes()
         optimizer = adamw((self.receiver[0], config.receiver_learning_rate))
@@ -684,13 +685,13 @@ class MockSentiment:
         pairs = [(first, " " + rest) for first, _, rest in (t.partition(" ") for t in texts) if rest]
         how, longest = (texts, pairs, likelihood_loss, config.pretrain_updates, config), 2 * config.max_length
         self.longest = max(config.max_length, config.prompt_length + config.response_length)
-        policy = config.model or trained("policy", "CausalLM", "gpt2", *how)
+        policy = config.model or pretrained("policy", "CausalLM", "gpt2", *how)
         self.policy, self.tokenizer = load_model("policy", policy, "CausalLM", config, longest)
-        judge = config.language_model or trained("language model", "CausalLM", "gpt2", *how, seed=1)
+        judge = config.language_model or pretrained("language model", "CausalLM", "gpt2", *how, seed=1)
         self.judge = load_model("language model", judge, "CausalLM", config, longest)
         labelled, kind = [(label, text) for text, label in data["train"]], "SequenceClassification"
         how = (texts, labelled, label_loss, config.reward_updates, config)
-        scorer = config.reward_model or trained("classifier", kind, "gpt2", *how)
+        scorer = config.reward_model or pretrained("classifier", kind, "gpt2", *how)
         self.classifier = load_model("classifier", scorer, kind, config, self.longest)
         if self.classifier[0].config.num_labels != 2:
             raise ValueError(f"reward_model {scorer!r} must have 2 labels, the second one positive")
@@ -741,11 +742,11 @@ class TechnicalQA:
         sft, texts, start = config.model, data["texts"], config.model or "llama"
         if config.pretrain_updates:
             how = (texts, data["sft"], answer_loss, config.pretrain_updates, config)
-            sft = trained("answers", "CausalLM", start, *how)
+            sft = pretrained("answers", "CausalLM", start, *how)
         # 2. A reward model from pairs: a new head on stage 1's model or, without --model, from scratch
         start, kind = sft if config.model else "llama", "SequenceClassification"
         how = (texts, data["preferences"], preference_loss, config.reward_updates, config)
-        scorer = config.reward_model or trained("reward model", kind, start, *how, num_labels=1)
+        scorer = config.reward_model or pretrained("reward model", kind, start, *how, num_labels=1)
         # 3. The policy of RL: an adapter on stage 1's model
         longest = 2 * config.max_length
         self.scorer = load_model("reward model", scorer, kind, config, longest, num_labels=1)
@@ -1195,7 +1196,7 @@ def small_shape(family, tokenizer, config, **settings):
     return AutoConfig.for_model(family, **shape, **own[family], **settings)
 
 
-def trained(role, kind, start, texts, examples, loss_of, updates, config, seed=0, **head):
+def pretrained(role, kind, start, texts, examples, loss_of, updates, config, seed=0, **head):
     """The cached folder of a model fitted to `examples`. `start`: a family of small_shape() to train from
     scratch, with a tokenizer made of `texts`, or else a model that is trained through an adapter."""
     import transformers

@@ -20,6 +20,7 @@ from elastic_reset import (
     load_model,
     load_rows,
     mean_nll,
+    pretrained,
     shuffled,
     toy_qa,
     toy_reviews,
@@ -27,7 +28,6 @@ from elastic_reset import (
     toy_translations,
     train,
     train_tokenizer,
-    trained,
     translate,
     translation_data,
 )
@@ -142,7 +142,7 @@ def test_pretraining_is_cached_by_what_made_it(tmp_path, monkeypatch):
     def folder(pairs=pairs, updates=1, seed=0, **settings):
         config = configure(d_model=settings.pop("d_model", 16), **settings)
         how = (["a b c d"], pairs, likelihood_loss, updates, config)
-        path = trained("sender", "Seq2SeqLM", "marian", *how, seed=seed)
+        path = pretrained("sender", "Seq2SeqLM", "marian", *how, seed=seed)
         assert {"config.json", "model.safetensors"} <= {file.name for file in Path(path).iterdir()}
         return path
 
