@@ -105,7 +105,7 @@ class ElasticReset:
         if not names:
             raise ValueError("no parameter has requires_grad=True, so there is nothing to average or reset")
         self.params, self.names = list(names), list(names.values())
-        self.ema, self.init = ([local(p) for p in self.params] for _ in range(2))  # _follow() copies them
+        self.ema, self.init = ([local(p) for p in self.params] for _ in range(2))  # _follow() puts in copies
         self.updates = self.resets = 0
         self._places = None
         self._follow()
@@ -157,7 +157,7 @@ class ElasticReset:
             self._drop_whole_copies()
             yield
         finally:
-            torch._foreach_copy_(policy, own)
+            torch._foreach_copy_(self._follow(), own)
             self._drop_whole_copies()
 
     def by_name(self, weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -297,8 +297,9 @@ def whiten(x, mask):
 
 
 def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_value, vf_coef, entropy_coef):
-    """PPO's clipped loss (arXiv 1707.06347, equations 7 and 9), and numbers to watch. `old`: the responses'
-    logprobs, values, advantages, returns and mask as sampled. All (batch, response)."""
+    """PPO's clipped loss (arXiv 1707.06347, equations 7 and 9; the values' clip is OpenAI Baselines'), and
+    numbers to watch. `old`: the responses' logprobs, values, advantages, returns and mask as sampled. All
+    (batch, response)."""
     mask, advantages = old["mask"], old["advantages"]
     # ratio_t = pi(a_t) / pi_old(a_t);    L_policy = - mean_t min(ratio_t A_t, clip(ratio_t, 1-c, 1+c) A_t)
     log_ratio = new_logprobs - old["logprobs"]
@@ -384,9 +385,10 @@ def respond(
     side = dict(padding_side="left", truncation=False) if decoder else {}
     tokens = tokens_of(tokenizer, prompts, None if decoder else max_length, policy.device, **side)
     batch = {name: tensor[rows] for name, tensor in tokens.items()}
+    # Every process cuts its rows from the same tokens and random numbers, so that several do what one does.
     uniform = torch.rand(response_length, len(prompts), 1, device=policy.device)[:, rows]
     before = batch["input_ids"] if decoder else batch["input_ids"][:, :0]
-    lengths, most = batch["attention_mask"].sum(1), max_positions(policy) - response_length
+    lengths, most = tokens["attention_mask"].sum(1), max_positions(policy) - response_length
     if decoder and not 1 <= lengths.min() <= lengths.max() <= most:
         raise ValueError(f"prompts have {lengths.min()} to {lengths.max()} tokens; expected 1 to {most}")
     start = before.shape[1] + (not decoder)
@@ -445,7 +447,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
     finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
     if task is None and config.task not in TASKS:
         raise ValueError(f"--task is {config.task}; expected one of {', '.join(TASKS)}, or your own")
-    run = Run(config)
+    run = Run(config)  # section 8: folder, log, checkpoints, processes and the current KL coefficient
     task = task or TASKS[config.task](config)
     model, optimizer = actor_critic(task.policy, config, run.accelerator)
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
@@ -503,7 +505,7 @@ def train(config: "Config", task: "Task | None" = None) -> dict:
         if config.ema_update == "update":
             run.timed(elastic.update)
 
-        # 6. Reset: policy <- EMA, EMA <- start. (5 and 6 are elastic.step(), in two to evaluate in between.)
+        # 6. Reset: policy <- EMA, EMA <- start. (In a loop of your own, elastic.step() does 5 and 6.)
         resets = config.reset != "none" and update % config.reset_every == 0
         if resets:
             run.log(evaluate(task, model, elastic, config), "before reset", stats)
@@ -538,8 +540,8 @@ def adamw(*groups):
 
 
 def prompts_of(task, update, config):
-    """The prompts of an update. They and torch's seed, set here, depend on the update's number alone, so that
-    a resumed run goes on as if it had not been interrupted, and all processes draw the same numbers."""
+    """The prompts of an update. They and torch's seed, set here, depend on the run's seed and the update's
+    number, so that a resumed run goes on as if it had not been interrupted, and all processes draw alike."""
     torch.manual_seed((config.seed * 1_000_003 + update) % (2**32 - 1))
     prompts = list(task.prompts(config.batch_size, update))
     if len(prompts) != config.batch_size:
@@ -576,7 +578,8 @@ def optimizer_step(module, optimizer, config, accelerator):
 
 @torch.no_grad()
 def evaluate(task, model, elastic, config):
-    """The task's metrics and `kl`, the KL to the start in nats per response; always the same seed."""
+    """The task's metrics and `kl`, the KL to the start in nats per response; always the same seed, and the
+    same on every process."""
     torch.manual_seed(0)
     responses, kl, start = [], [], elastic.by_name(elastic.init)
     for (prompts,) in chunks(task.validation_prompts):
@@ -1773,9 +1776,11 @@ class Run:
 
     def gathered(self, batch):
         """A batch of this process's rows as that of all processes, in the order of the prompts."""
+        batch = batch | dict(mask=batch["mask"].long())  # bool would not stay bool where it is padded
         whole = self.accelerator.gather(self.accelerator.pad_across_processes(batch, dim=1))
         n = self.accelerator.num_processes
-        return {name: torch.stack(x.chunk(n), 1).flatten(0, 1) for name, x in whole.items()}
+        whole = {name: torch.stack(x.chunk(n), 1).flatten(0, 1) for name, x in whole.items()}
+        return whole | dict(mask=whole["mask"].bool())
 
     def mean_over_processes(self, stats):
         """{name: number}, the mean over the processes. FloatingPointError if one is not finite."""

@@ -157,6 +157,16 @@ def test_averaged_puts_everything_back(backend):
     assert values_of(model.parameters()) == {3.0} and values_of(elastic.ema) == {2.0}
 
 
+def test_a_policy_that_is_cast_while_averaged_gets_its_own_weights_back(backend):
+    model = filled(nn.Linear(3, 2), 1.0)
+    elastic = ElasticReset(model, decay=0.5)
+    filled(model, 3.0)
+    elastic.update()
+    with elastic.averaged():
+        assert values_of(model.to(torch.bfloat16).parameters()) == {2.0}
+    assert values_of(model.parameters()) == {3.0} and values_of(elastic.ema) == {2.0}
+
+
 def test_looking_in_inference_mode(backend):
     """What averaged() is made for must not leave averages that can no longer be updated."""
     model = filled(nn.Linear(2, 2), 1.0)

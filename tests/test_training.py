@@ -540,6 +540,11 @@ for place, updates in [("whole", 4), ("part", 2), ("part", 4)]:
     assert main(to_argv(flags | dict(output_dir=f"{place}", updates=updates, resume=True))) == 0
 for task in ("imdb", "qa"):
     assert main(to_argv(flags | dict(task=task, output_dir=task, updates=2))) == 0
+n = 3 + accelerator.process_index  # the longest response of this process
+batch = dict(mask=torch.ones(2, n, dtype=torch.bool), values=torch.ones(2, n), scores=torch.zeros(2))
+whole = Run(configure(output_dir="widths", batch_size=4, mini_batch_size=4)).gathered(batch)
+assert whole["mask"].dtype == torch.bool and whole["mask"].sum(1).tolist() == [3, 4, 3, 4]
+assert whole["values"].sum(1).tolist() == [3, 4, 3, 4] and whole["scores"].shape == (4,)
 try:
     Run(configure(output_dir="odd", batch_size=65))
 except ValueError as error:
