@@ -46,7 +46,7 @@ def test_the_animation_marks_what_people_did_not_say_and_draws_a_frame():
     begun = dict(update=0, event="", reward=-2.0, drift=0.2, english=[human, human])
     before = begun | dict(update=10, event="before reset", english=[human, said])
     history = [begun, before, begun | dict(update=10, event="after reset")]
-    assert saw_tooth.most_repaired(history) == 1
+    assert saw_tooth.most_repaired(history, before) == 1
     captions = {"French": ["un", "deux"], "human English": [human, human]}
     frame = saw_tooth.draw({"ppo": history[:2], "elastic-reset": history}, captions, 1, 2)
     assert frame.size == (810, 522)
