@@ -60,6 +60,12 @@ def test_the_evidence_is_drawn_from_the_records():
     start, ppo = (line.split(" | ")[1] for line in evidence.table(found).splitlines()[2:4])
     assert float(start) < float(ppo.split(" ± ")[0])
     assert evidence.table(found) in (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert evidence.without_penalty(found) in page
+    for summary in found.values():
+        assert evidence.by_coefficient(summary, "drift") in page
+        assert evidence.by_coefficient(summary, "reward") in page
+        assert evidence.tuned(summary) in page
 
 
 def run_py(*words, folder):
