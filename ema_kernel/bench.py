@@ -372,41 +372,52 @@ def show(rows: list[dict], skipped: dict) -> None:
 
 
 def plot(report: dict, path: str) -> None:
-    """One panel a case: gigabytes a second at the largest number of threads, the limit as a line."""
-    import matplotlib
+    """Milliseconds of an update of the largest model, in float32 and bfloat16, and the ratio to torch's
+    _foreach_lerp_ in a training loop. On the CPU, at the largest number of threads."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    rows = [row for row in report["results"] if row["what"] != "reset" and row["device"] == "cpu"]
+    threads = max(row["threads"] for row in rows)
+    rows = [row for row in rows if row["threads"] == threads]
+    alone = [row for row in rows if "loop" not in row["title"]]
+    largest = max(row["parameters"] for row in alone)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for axes, dtype in ((left, "float32"), (middle, "bfloat16")):
+        shown = [row for row in alone if (row["parameters"], row["dtype"]) == (largest, dtype)]
+        draw_bars(axes, shown)
+        axes.set_title(f"{shown[0]['title']}, {dtype} policy, alone" if shown else dtype)
+    for dtype, color in (("float32", "#0072B2"), ("bfloat16", "#56B4E9")):
+        inside = [row for row in rows if "loop" in row["title"] and row["dtype"] == dtype]
+        sizes = sorted({row["parameters"] for row in inside})
+        seconds = {(row["name"], row["parameters"]): row["seconds"] for row in inside}
+        ratios = [seconds["ElasticReset", n] / seconds["torch._foreach_lerp_", n] for n in sizes]
+        right.plot(sizes, ratios, "o-", color=color, linewidth=2, label=f"{dtype} policy")
+    right.axhline(1, color="0.5", linestyle="--", linewidth=1)
+    right.set(xscale="log", ylim=(0, None), xlabel="parameters", ylabel="time, _foreach_lerp_ = 1")
+    right.set_title("ElasticReset in a training loop")
+    right.legend(frameon=False)
+    figure.suptitle(
+        f"One update of the average on {report['machine']['cpu']}, {threads} threads: less is better"
+    )
+    figure.savefig(path, dpi=200)
 
-    updates = [row for row in report["results"] if row["what"] != "reset" and row["device"] == "cpu"]
-    threads = max(row["threads"] for row in updates)
-    updates = [row for row in updates if row["threads"] == threads]
-    panels = list(dict.fromkeys((row["title"], row["dtype"]) for row in updates))
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    shown = [sum((row["title"], row["dtype"]) == panel for row in updates) for panel in panels[::columns]]
-    heights = [0.9 + 0.17 * bars for bars in shown]
-    size = {"figsize": (5.5 * columns, sum(heights) + 0.4), "height_ratios": heights}
-    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained", **size)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (title, dtype) in zip(axes.flat, panels, strict=False):
-        rows = [row for row in updates if (row["title"], row["dtype"]) == (title, dtype)]
-        peers = [row for row in rows if not row["name"].startswith("limit")][::-1]
-        colors = ["#0072b2" if row["name"] == "ElasticReset" else "#bbbbbb" for row in peers]
-        speeds = [row["gigabytes_per_second"] for row in peers]
-        limits = [row["gigabytes_per_second"] for row in rows if row["name"].startswith("limit")]
-        if limits:
-            axis.axvline(max(limits), color="black", linestyle="--", linewidth=1)
-        bars = axis.barh([row["name"] for row in peers], speeds, color=colors)
-        plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8, bbox=plain)
-        axis.set_xlim(0, 1.12 * max(speeds + limits))
-        axis.set_title(f"{title}, {dtype} policy", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.set_xlabel("GB/s (dashed: memory limit)" if limits else "GB/s", fontsize=8)
-    figure.suptitle(f"One EMA update on {report['machine']['cpu']}, {threads} thread(s)", fontsize=10)
-    figure.savefig(path, dpi=150)
+
+def draw_bars(axes, rows: list[dict]) -> None:
+    """Milliseconds, the fastest at the top; a dashed line is the time in which memory could do it."""
+    peers = [row for row in rows if not row["name"].startswith("limit")][::-1]
+    times = [1e3 * row["seconds"] for row in peers]
+    colors = ["#0072B2" if row["name"] == "ElasticReset" else "#BBBBBB" for row in peers]
+    smaller = "AveragedModel"  # its average has the policy's precision
+    names = [f"{row['name']}{' *' * (smaller in row['name'])}" for row in peers]
+    axes.bar_label(axes.barh(names, times, color=colors), fmt="%.0f", padding=3)
+    limits = [1e3 * row["seconds"] for row in rows if row["name"].startswith("limit")]
+    if limits:
+        axes.axvline(min(limits), color="black", linestyle="--", linewidth=1)
+    axes.set_xlim(0, 1.15 * max(times, default=1))
+    axes.set_xlabel(
+        "milliseconds (dashed: the limit of memory)\n* keeps a smaller average, in the policy's precision"
+    )
 
 
 def parse():
