@@ -557,6 +557,7 @@ def draw_front(axes, summary, styles):
     for method, numbers in summary["methods"].items():
         style, own = styles[method], [summary["settings"][label] for label in numbers["labels"]]
         own.sort(key=lambda setting: list(setting["knobs"].values()))
+        own = undominated(own) if "eta" in own[0]["knobs"] else own  # mixtures are many
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
         places = []
         for setting in own:
@@ -592,6 +593,17 @@ def draw_front(axes, summary, styles):
     axes.text(0.98, 0.02, text, transform=axes.transAxes, ha="right", fontsize=8)
 
 
+def undominated(settings):
+    """Those that no other one of them beats in both reward and drift, from the least drift on."""
+    means = [[mean_and_error(s[name])[0] for name in ("drift", "reward")] for s in settings]
+    ranked = sorted(zip(means, range(len(settings)), strict=True), key=lambda x: (x[0][0], -x[0][1]))
+    best, found = -math.inf, []
+    for (_, reward), i in ranked:
+        if reward > best:
+            best, found = reward, [*found, settings[i]]
+    return found
+
+
 def draw_over_time(axes, runs_of, styles):
     ends = []
     for label, runs in runs_of.items():
@@ -622,6 +634,7 @@ def plot_choice(record, path):
     figure, styles = Figure(figsize=(11, 4.6), layout="constrained"), styles_of(summary["methods"])
     panels, values = figure.subplots(1, 2), {s["knobs"]["kl_coef"] for own in found.values() for s in own}
     zero = min(values - {0.0}) / 3
+    found = {method: own for method, own in found.items() if "eta" not in own[0]["knobs"]}  # one each
     for axes, name in zip(panels, ("reward", "drift"), strict=True):
         for method, own in found.items():
             own = sorted(own, key=lambda setting: setting["knobs"]["kl_coef"])

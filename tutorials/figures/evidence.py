@@ -108,8 +108,12 @@ def short(values):
     if not values:
         return "-"
     mean, error = compare.mean_and_error(values)
-    digits = 0 if abs(mean) >= 100 else 2 if abs(mean) >= 3 else 3
-    return f"{mean:,.{digits}f} ± {error:,.{digits}f}" if error else f"{mean:,.{digits}f}"
+    return f"{rounded(mean, mean)} ± {rounded(error, mean)}" if error else rounded(mean, mean)
+
+
+def rounded(number, size):
+    """To as many digits as are worth having of a number of this size."""
+    return f"{number:,.{0 if abs(size) >= 100 else 2 if abs(size) >= 3 else 3}f}"
 
 
 def without_penalty(summaries):
@@ -130,9 +134,8 @@ def by_coefficient(summary, number):
     coefs = sorted({coef for settings in own.values() for coef in settings})
     rows = []
     for words, settings in own.items():
-        means = [compare.mean_and_error(settings[c][number])[0] if c in settings else None for c in coefs]
-        digits = 0 if number == "drift" and max(filter(None, means)) > 100 else 3
-        rows.append([words, *("-" if mean is None else f"{mean:,.{digits}f}" for mean in means)])
+        means = [compare.mean_and_error(settings[coef][number])[0] for coef in coefs]
+        rows.append([words, *(rounded(mean, mean) for mean in means)])
     return "\n".join(compare.table([f"{number} at the KL coefficient", *(f"{c:g}" for c in coefs)], rows))
 
 
