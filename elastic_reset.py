@@ -1795,15 +1795,15 @@ class Run:
     def log(self, metrics, event="", stats=None):
         """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
         columns = metrics.pop("samples", {})
-        rows = [dict(zip(columns, map(str, row), strict=True)) for row in zip(*columns.values(), strict=True)]
-        self.samples = [*self.samples[:1], rows[:5]]
+        rows = list(zip(*columns.values(), strict=True))[:5]
+        self.samples = [*self.samples[:1], [dict(zip(columns, map(str, row), strict=True)) for row in rows]]
         line = dict(update=self.update, event=event, seconds=round(time.perf_counter() - self.began, 2))
         line = dict(**line, **(stats or {}), **self.mean_over_processes(metrics))
         self.history.append(line)
         if self.main:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
-        numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
         if self.bar is not None:
+            numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
             self.bar.set_postfix_str(f"{numbers}, resets {self.parts['elastic'].resets}")
 
     def finish(self, task):

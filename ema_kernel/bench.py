@@ -380,26 +380,36 @@ def plot(report: dict, path: str) -> None:
     threads = max(row["threads"] for row in rows)
     rows = [row for row in rows if row["threads"] == threads]
     alone = [row for row in rows if "loop" not in row["title"]]
-    largest = max(row["parameters"] for row in alone)
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for axes, dtype in ((left, "float32"), (middle, "bfloat16")):
-        shown = [row for row in alone if (row["parameters"], row["dtype"]) == (largest, dtype)]
-        draw_bars(axes, shown)
-        axes.set_title(f"{shown[0]['title']}, {dtype} policy, alone" if shown else dtype)
-    for dtype, color in (("float32", "#0072B2"), ("bfloat16", "#56B4E9")):
-        inside = [row for row in rows if "loop" in row["title"] and row["dtype"] == dtype]
-        sizes = sorted({row["parameters"] for row in inside})
-        seconds = {(row["name"], row["parameters"]): row["seconds"] for row in inside}
-        ratios = [seconds["ElasticReset", n] / seconds["torch._foreach_lerp_", n] for n in sizes]
-        right.plot(sizes, ratios, "o-", color=color, linewidth=2, label=f"{dtype} policy")
-    right.axhline(1, color="0.5", linestyle="--", linewidth=1)
-    right.set(xscale="log", ylim=(0, None), xlabel="parameters", ylabel="time, _foreach_lerp_ = 1")
-    right.set_title("ElasticReset in a training loop")
-    right.legend(frameon=False)
+    largest = [row for row in alone if row["parameters"] == max(row["parameters"] for row in alone)]
+    inside = [row for row in rows if "loop" in row["title"]]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in largest))
+    panels = len(dtypes) + bool(inside)
+    figure = Figure(figsize=(1 + 4 * panels, 3.8), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for panel, dtype in zip(axes, dtypes, strict=False):
+        draw_bars(panel, [row for row in largest if row["dtype"] == dtype])
+        panel.set_title(f"{largest[0]['title']}, {dtype} policy, alone")
+    if inside:
+        draw_loop(axes[-1], inside)
     cpu = report["machine"]["cpu"]
     figure.suptitle(f"One update of the average on {cpu}, {threads} threads: less is better")
     figure.savefig(path, dpi=200)
+
+
+def draw_loop(axes, rows: list[dict]) -> None:
+    """The time of ElasticReset over that of _foreach_lerp_, against the size of the model."""
+    for dtype, color in zip(
+        dict.fromkeys(row["dtype"] for row in rows), ("#0072B2", "#56B4E9"), strict=False
+    ):
+        own = [row for row in rows if row["dtype"] == dtype]
+        seconds = {(row["name"], row["parameters"]): row["seconds"] for row in own}
+        sizes = sorted({row["parameters"] for row in own})
+        ratios = [seconds["ElasticReset", n] / seconds["torch._foreach_lerp_", n] for n in sizes]
+        axes.plot(sizes, ratios, "o-", color=color, linewidth=2, label=f"{dtype} policy")
+    axes.axhline(1, color="0.5", linestyle="--", linewidth=1)
+    axes.set(xscale="log", ylim=(0, None), xlabel="parameters", ylabel="time, _foreach_lerp_ = 1")
+    axes.set_title("ElasticReset in a training loop")
+    axes.legend(frameon=False)
 
 
 def draw_bars(axes, rows: list[dict]) -> None:
@@ -413,8 +423,9 @@ def draw_bars(axes, rows: list[dict]) -> None:
     limits = [1e3 * row["seconds"] for row in rows if row["name"].startswith("limit")]
     if limits:
         axes.axvline(min(limits), color="black", linestyle="--", linewidth=1)
-    axes.set_xlim(0, 1.15 * max(times, default=1))
-    note = "* keeps a bfloat16 average, of half the size" if rows[0]["dtype"] == "bfloat16" else ""
+    axes.set_xlim(0, 1.15 * max(times))
+    marked = any(name.endswith(" *") for name in names)
+    note = "* keeps a bfloat16 average, of half the size" if marked else ""
     axes.set_xlabel(f"milliseconds (dashed: the limit of memory)\n{note}")
 
 

@@ -25,6 +25,7 @@ WORDS = {
     "ppo-kl, mixed with the start": "penalty, mixed with the start",
     "ppo, stopped early": "PPO, stopped early",
 }
+ONE_EACH = list(WORDS)[:3]  # the methods with one setting for each KL coefficient
 ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the points of a panel lie
 
 
@@ -131,8 +132,7 @@ def without_penalty(summaries):
 
 def by_coefficient(summary, number):
     """The mean of `number` for each KL coefficient, a row per method."""
-    methods = {method: words for method, words in WORDS.items() if method in list(WORDS)[:3]}
-    own = {words: settings_of(summary, method) for method, words in methods.items()}
+    own = {WORDS[method]: settings_of(summary, method) for method in ONE_EACH}
     coefs = sorted({coef for settings in own.values() for coef in settings})
     rows = []
     for words, settings in own.items():
@@ -158,7 +158,7 @@ def tuned(summary):
 def near_the_best(summary):
     """{words for a method: how many of its KL coefficients have nine tenths of its best area}"""
     counts = {}
-    for method in list(WORDS)[:3]:
+    for method in ONE_EACH:
         means = [compare.mean_and_error(s["area"])[0] for s in settings_of(summary, method).values()]
         counts[WORDS[method]] = f"{sum(mean >= 0.9 * max(means) for mean in means)} of {len(means)}"
     return counts
@@ -170,6 +170,6 @@ if __name__ == "__main__":
     picture(found).savefig(HERE / "evidence.png", dpi=200)
     print(f"{table(found)}\n\n{without_penalty(found)}")
     for task, summary in found.items():
-        for part in (by_coefficient(summary, "drift"), by_coefficient(summary, "area"), tuned(summary)):
+        for part in (by_coefficient(summary, "drift"), by_coefficient(summary, "reward"), tuned(summary)):
             print(f"\n{task}\n{part}")
         print(near_the_best(summary))
