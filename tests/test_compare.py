@@ -106,7 +106,7 @@ def test_what_makes_a_method():
     assert method_of("ppo") == method_of("ppo:learning_rate=0.1") == method_of("ppo-kl:kl_coef=3") == "ppo-kl"
     assert method_of("elastic-reset:kl_coef=0.1:average=1") == "elastic-reset"
     assert method_of("elastic-reset:reset_every=5") == "elastic-reset:reset_every=5"
-    assert method_of("tutorials/baselines.py:S2P:s2p_coef=1") == "S2P:s2p_coef=1"
+    assert method_of("tutorials/baselines.py:S2P:s2p_coef=1") == "S2P"
 
 
 def test_several_values_are_as_many_methods():

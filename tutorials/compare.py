@@ -23,8 +23,9 @@ its evaluations. Two settings are known here alone, and take evaluations without
     ppo:mixtures=9     so are nine mixtures theta_0 + eta (theta - theta_0) of start and end, the last stage
                        of WARP (arXiv 2406.16768)
 
-A method of a program of its own is named by file and method: tutorials/baselines.py:S2P:s2p_coef=1. With
---tuned_on FOLDER each method's setting is chosen by the record in FOLDER, made with other seeds."""
+A method of a program of its own is named by file and method: tutorials/baselines.py:S2P:s2p_coef=1. All its
+settings together are one method. With --tuned_on FOLDER each method's setting is chosen by the record in
+FOLDER, made with other seeds."""
 
 import argparse
 import contextlib
@@ -347,7 +348,9 @@ def tradeoff(record):
 def delivered(histories, configs):
     """What every method delivers: (label, method, {knob: value}, {seed: evaluation}) tuples."""
     for label, runs in histories.items():
-        method, knobs = method_of(label), {knob: configs[label][knob] for knob in KNOBS}
+        name, *own = split_label(label)
+        more = [knob for knob, _ in own if ":" in name]  # a baseline is one method over all its settings
+        method, knobs = method_of(label), {knob: configs[label][knob] for knob in (*KNOBS, *more)}
         label = without(("average", "mixtures"), label)
         yield label, method, knobs, {seed: during_training(h)[-1] for seed, h in runs.items()}
         for event in [line["event"] for line in next(iter(runs.values())) if is_after(line)]:
@@ -365,8 +368,8 @@ def delivered(histories, configs):
 def method_of(label):
     """The method that a label is a setting of: its name without values of the knobs."""
     method, *own = split_label(without((*KNOBS, "average", "mixtures"), label))
-    method = "ppo-kl" if method == "ppo" else method.rpartition(":")[2]
-    return join_label(method, own)
+    file, _, baseline = method.rpartition(":")
+    return baseline if file else join_label("ppo-kl" if method == "ppo" else method, own)
 
 
 def without(names, label):
@@ -557,7 +560,8 @@ def draw_front(axes, summary, styles):
     for method, numbers in summary["methods"].items():
         style, own = styles[method], [summary["settings"][label] for label in numbers["labels"]]
         own.sort(key=lambda setting: list(setting["knobs"].values()))
-        own = undominated(own) if "eta" in own[0]["knobs"] else own  # mixtures are many
+        curve = own[0]["knobs"].keys() <= {*KNOBS, "update"}
+        own = own if curve else undominated(own)  # of mixtures, for instance, which are many
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
         places = []
         for setting in own:
