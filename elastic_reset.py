@@ -1759,8 +1759,11 @@ class Run:
         due = stop or self.update % self.config.save_every == 0 or self.update == self.config.updates
         if due and self.main:
             newest, previous = self.checkpoints
-            with written_whole(newest) as aside:
-                torch.save(self._state(), aside)
+            with written_whole(newest) as aside, open(aside, "wb") as file:
+                try:
+                    torch.save(self._state(), file)
+                except RuntimeError as error:  # behind which torch hides that a disk is full
+                    raise error.__context__ or error from None
                 if newest.exists():
                     os.replace(newest, previous)
         if stop:
