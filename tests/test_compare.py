@@ -359,14 +359,18 @@ def test_a_model_that_cannot_be_loaded_is_named_before_the_first_run(tmp_path, c
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_comparison_ends_its_runs(tmp_path, number):
-    """Both runs have saved what they had done, and their processes are gone."""
+    """Both runs have saved what they had done, and their processes are gone, also if SIGINT is ignored, as it
+    is in what a script starts in the background."""
     argv = command(tmp_path, "elastic-reset,ppo", "--seeds", "1", "--jobs", "2", updates=10_000)
     program_file = ROOT / "tutorials" / "compare.py"
+
+    def in_the_background():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
+
     with open(tmp_path / "output", "w") as output:
         comparison = subprocess.Popen(
-            [sys.executable, str(program_file), *argv],
-            stderr=output,
-            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+            [sys.executable, str(program_file), *argv], stderr=output, preexec_fn=in_the_background
         )
     places = [tmp_path / method / "seed0" / "metrics.jsonl" for method in ("elastic-reset", "ppo")]
     deadline = time.monotonic() + 120
@@ -387,7 +391,7 @@ def test_a_stopped_comparison_ends_its_runs(tmp_path, number):
 
 def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "GRACE", 0.5)
-    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True); time.sleep(99)"
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(99)"
     run = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
     assert run.stdout.read(1) == b"1"
     program.end([run], [])

@@ -223,7 +223,7 @@ def end(running, stops):
     or at the next signal."""
     alive, deadline, signals = list(running), time.monotonic() + GRACE, len(stops)
     for run in alive:
-        run.send_signal(signal.SIGINT)
+        run.send_signal(signal.SIGTERM)  # SIGINT is ignored in what a script starts behind &
     while alive and time.monotonic() < deadline and len(stops) == signals:
         time.sleep(0.1)
         alive = [run for run in alive if run.poll() is None]
