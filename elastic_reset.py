@@ -1204,6 +1204,7 @@ def pretrained(role, kind, start, texts, examples, loss_of, updates, config, see
     scratch, with a tokenizer made of `texts`, or else a model that is trained through an adapter."""
     import transformers
 
+    transformers.logging.disable_progress_bar()
     if not examples:
         raise ValueError(f"there are neither a model nor data to train one for the {role}")
     names = "d_model layers vocab_size max_length pretrain_batch_size pretrain_learning_rate max_grad_norm "

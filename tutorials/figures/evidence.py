@@ -5,6 +5,7 @@ tutorials/results/README.md.
 
 It reads the records in tutorials/results, which compare.py has made."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -15,7 +16,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import compare  # noqa: E402
 
+RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
+ALL = TASKS | {"reviews": "reviews by people"}
 CURVES = {"ppo-kl": "PPO with a KL penalty", "elastic-reset": "Elastic Reset with a KL penalty"}
 ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
 WORDS = {
@@ -24,6 +27,8 @@ WORDS = {
     "ppo-kl, averaged at the end": "penalty, averaged at the end",
     "ppo-kl, mixed with the start": "penalty, mixed with the start",
     "ppo, stopped early": "PPO, stopped early",
+    "S2P": "supervised loss beside RL (S2P)",
+    "SIL": "imitation by students (SIL)",
 }
 ONE_EACH = list(WORDS)[:3]  # the methods with one setting for each KL coefficient
 ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the points of a panel lie
@@ -150,9 +155,44 @@ def tuned(summary):
             one = settings[summary["methods"][method]["chosen"]]
             less = [a - b for a, b in zip(one["area"], yardstick, strict=True)]
             numbers = [short(one[name]) for name in ("reward", "drift", "area")]
-            rows.append([words, one["label"], *numbers, short(less) if any(less) else ""])
+            label = one["label"].removeprefix("tutorials/baselines.py:")
+            rows.append([words, label, *numbers, short(less) if any(less) else ""])
     names = ["method", "chosen", "reward", "drift", "area", "area less that of resets"]
     return "\n".join(compare.table(names, rows))
+
+
+def rivals(summaries):
+    """The area of resets less that of each rival, paired by seed. Two standard errors make a difference."""
+    pairs = {name: rival_pairs(summaries[name]) for name in summaries}
+    rows = []
+    for words in dict.fromkeys(words for own in pairs.values() for words in own):
+        rows.append([words, *(verdict(*own[words]) if words in own else "-" for own in pairs.values())])
+    return "\n".join(compare.table(["resets with a penalty, against", *(ALL[name] for name in pairs)], rows))
+
+
+def rival_pairs(summary):
+    """{words: the setting with resets, and the rival's}"""
+    methods, settings = summary["methods"], summary["settings"]
+    ours, *others = [method for method in WORDS if method in methods]
+    best = {method: settings[methods[method]["chosen"]] for method in methods}
+    pairs = {WORDS[method]: (best[ours], best[method]) for method in others}
+    for words, factor in (("penalty alone, both a tenth", 0.1), ("penalty alone, both tenfold", 10)):
+        pairs[words] = [
+            near(settings_of(summary, method), factor * best[method]["knobs"]["kl_coef"])
+            for method in ("elastic-reset", "ppo-kl")
+        ]
+    return pairs
+
+
+def near(settings, coef):
+    """The setting whose KL coefficient is nearest to coef, which is not 0."""
+    return settings[min(filter(None, settings), key=lambda c: abs(math.log(c / coef)))]
+
+
+def verdict(ours, rival):
+    mean, error = compare.mean_and_error([a - b for a, b in zip(ours["area"], rival["area"], strict=True)])
+    word = "equal" if abs(mean) <= 2 * error else "better" if mean > 0 else "worse"
+    return f"{word}: {mean:+.3f} ± {error:.3f}"
 
 
 def near_the_best(summary):
@@ -165,11 +205,14 @@ def near_the_best(summary):
 
 
 if __name__ == "__main__":
-    results = HERE.parent / "results"
-    found = {task: compare.read_record(results / task)["summary"] for task in TASKS}
-    picture(found).savefig(HERE / "evidence.png", dpi=200)
-    print(f"{table(found)}\n\n{without_penalty(found)}")
-    for task, summary in found.items():
+    found = {name: compare.read_record(RESULTS / name)["summary"] for name in ALL}
+    tasks = {task: found[task] for task in TASKS}
+    picture(tasks).savefig(HERE / "evidence.png", dpi=200)
+    print(f"{table(tasks)}\n\n{without_penalty(tasks)}\n\n{rivals(found)}")
+    for name, summary in found.items():
         for part in (by_coefficient(summary, "drift"), by_coefficient(summary, "reward"), tuned(summary)):
-            print(f"\n{task}\n{part}")
+            print(f"\n{name}\n{part}")
         print(near_the_best(summary))
+    for task in TASKS:
+        again = compare.read_record(RESULTS / task / "confirmation")["summary"]
+        print(f"\n{task}, on other seeds\n{tuned(again)}")
