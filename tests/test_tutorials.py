@@ -61,7 +61,7 @@ def test_the_evidence_is_drawn_from_the_records():
     assert float(start) < float(ppo.split(" ± ")[0])
     assert evidence.table(found) in (ROOT / "README.md").read_text(encoding="utf-8")
     page = (RESULTS / "README.md").read_text(encoding="utf-8")
-    assert evidence.without_penalty(found) in page
+    assert evidence.without_penalty(found) in page and evidence.rivals(found) in page
     for summary in found.values():
         assert evidence.by_coefficient(summary, "drift") in page
         assert evidence.by_coefficient(summary, "reward") in page

@@ -517,6 +517,7 @@ UNITS = dict(
 def styles_of(names):
     """{name: its style}. A method has the same colour and marker in every picture; lines and fillings tell
     apart what has the same method but other settings."""
+    names = list(names)
     methods = [re.split("[:,]", name)[0] for name in names]
     others = [method for method in dict.fromkeys(methods) if method not in STYLES]
     known, styles = STYLES | dict(zip(others, itertools.cycle(SPARE), strict=False)), {}
@@ -543,7 +544,8 @@ def plot_tradeoff(record, path):
     draw_front(plane, summary, styles)
     runs = {without(("average", "mixtures"), label): runs for label, runs in record["runs"].items()}
     labels = dict.fromkeys(["ppo", *(numbers["chosen"] for numbers in summary["methods"].values())])
-    draw_over_time(over_time, {x: runs[x] for x in labels if x in runs}, styles_of(labels))
+    names = {label: method_of(label) if ".py:" in label else label for label in labels if label in runs}
+    draw_over_time(over_time, {name: runs[label] for label, name in names.items()}, styles_of(names.values()))
     plane.set(xlabel=drift_axis(record), ylabel="reward")
     over_time.set(xlabel="update", ylabel=drift_axis(record))
     rows = math.ceil(sum(len(method) + 7 for method in styles) / 120)  # of the legend, by its characters

@@ -18,7 +18,6 @@ import compare  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
-ALL = TASKS | {"reviews": "reviews by people"}
 CURVES = {"ppo-kl": "PPO with a KL penalty", "elastic-reset": "Elastic Reset with a KL penalty"}
 ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
 WORDS = {
@@ -29,6 +28,10 @@ WORDS = {
     "ppo, stopped early": "PPO, stopped early",
     "S2P": "supervised loss beside RL (S2P)",
     "SIL": "imitation by students (SIL)",
+}
+FACTORS = {
+    "penalty alone, both with a tenth of their coefficient": 0.1,
+    "penalty alone, both with ten times their coefficient": 10,
 }
 ONE_EACH = list(WORDS)[:3]  # the methods with one setting for each KL coefficient
 ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the points of a panel lie
@@ -167,7 +170,9 @@ def rivals(summaries):
     rows = []
     for words in dict.fromkeys(words for own in pairs.values() for words in own):
         rows.append([words, *(verdict(*own[words]) if words in own else "-" for own in pairs.values())])
-    return "\n".join(compare.table(["resets with a penalty, against", *(ALL[name] for name in pairs)], rows))
+    return "\n".join(
+        compare.table(["resets with a penalty, against", *(TASKS[name] for name in pairs)], rows)
+    )
 
 
 def rival_pairs(summary):
@@ -176,7 +181,7 @@ def rival_pairs(summary):
     ours, *others = [method for method in WORDS if method in methods]
     best = {method: settings[methods[method]["chosen"]] for method in methods}
     pairs = {WORDS[method]: (best[ours], best[method]) for method in others}
-    for words, factor in (("penalty alone, both a tenth", 0.1), ("penalty alone, both tenfold", 10)):
+    for words, factor in FACTORS.items():
         pairs[words] = [
             near(settings_of(summary, method), factor * best[method]["knobs"]["kl_coef"])
             for method in ("elastic-reset", "ppo-kl")
@@ -190,6 +195,8 @@ def near(settings, coef):
 
 
 def verdict(ours, rival):
+    if not any(ours["area"] + rival["area"]):
+        return "neither counts"
     mean, error = compare.mean_and_error([a - b for a, b in zip(ours["area"], rival["area"], strict=True)])
     word = "equal" if abs(mean) <= 2 * error else "better" if mean > 0 else "worse"
     return f"{word}: {mean:+.3f} ± {error:.3f}"
@@ -205,14 +212,10 @@ def near_the_best(summary):
 
 
 if __name__ == "__main__":
-    found = {name: compare.read_record(RESULTS / name)["summary"] for name in ALL}
-    tasks = {task: found[task] for task in TASKS}
-    picture(tasks).savefig(HERE / "evidence.png", dpi=200)
-    print(f"{table(tasks)}\n\n{without_penalty(tasks)}\n\n{rivals(found)}")
-    for name, summary in found.items():
+    found = {task: compare.read_record(RESULTS / task)["summary"] for task in TASKS}
+    picture(found).savefig(HERE / "evidence.png", dpi=200)
+    print(f"{table(found)}\n\n{without_penalty(found)}\n\n{rivals(found)}")
+    for task, summary in found.items():
         for part in (by_coefficient(summary, "drift"), by_coefficient(summary, "reward"), tuned(summary)):
-            print(f"\n{name}\n{part}")
+            print(f"\n{task}\n{part}")
         print(near_the_best(summary))
-    for task in TASKS:
-        again = compare.read_record(RESULTS / task / "confirmation")["summary"]
-        print(f"\n{task}, on other seeds\n{tuned(again)}")
