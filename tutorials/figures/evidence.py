@@ -182,16 +182,15 @@ def rival_pairs(summary):
     best = {method: settings[methods[method]["chosen"]] for method in methods}
     pairs = {WORDS[method]: (best[ours], best[method]) for method in others}
     for words, factor in FACTORS.items():
-        pairs[words] = [
-            near(settings_of(summary, method), factor * best[method]["knobs"]["kl_coef"])
-            for method in ("elastic-reset", "ppo-kl")
-        ]
-    return pairs
+        coefs = {method: factor * best[method]["knobs"]["kl_coef"] for method in (ours, "ppo-kl")}
+        pairs[words] = [near(settings_of(summary, method), coef) for method, coef in coefs.items()]
+    return {words: pair for words, pair in pairs.items() if all(pair)}
 
 
 def near(settings, coef):
-    """The setting whose KL coefficient is nearest to coef, which is not 0."""
-    return settings[min(filter(None, settings), key=lambda c: abs(math.log(c / coef)))]
+    """The setting whose KL coefficient is nearest to coef, if one is within a factor of 2."""
+    nearest = min(filter(None, settings), key=lambda c: abs(math.log(c / coef)))
+    return settings[nearest] if abs(math.log(nearest / coef)) < math.log(2) else None
 
 
 def verdict(ours, rival):
