@@ -30,8 +30,8 @@ WORDS = {
     "SIL": "imitation by students (SIL)",
 }
 FACTORS = {
-    "penalty alone, both with a tenth of their coefficient": 0.1,
-    "penalty alone, both with ten times their coefficient": 10,
+    "penalty alone, both with a tenth of its best coefficient": 0.1,
+    "penalty alone, both with ten times its best coefficient": 10,
 }
 ONE_EACH = list(WORDS)[:3]  # the methods with one setting for each KL coefficient
 ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the points of a panel lie
@@ -182,8 +182,8 @@ def rival_pairs(summary):
     best = {method: settings[methods[method]["chosen"]] for method in methods}
     pairs = {WORDS[method]: (best[ours], best[method]) for method in others}
     for words, factor in FACTORS.items():
-        coefs = {method: factor * best[method]["knobs"]["kl_coef"] for method in (ours, "ppo-kl")}
-        pairs[words] = [near(settings_of(summary, method), coef) for method, coef in coefs.items()]
+        coef = factor * best["ppo-kl"]["knobs"]["kl_coef"]
+        pairs[words] = [near(settings_of(summary, method), coef) for method in (ours, "ppo-kl")]
     return {words: pair for words, pair in pairs.items() if all(pair)}
 
 
