@@ -260,7 +260,7 @@ def write_rows(path, rows):
     try:
         if path.suffix != ".jsonl":
             (csv.write_csv if path.suffix == ".csv" else parquet.write_table)(Table.from_pylist(rows), path)
-    except (ArrowException, UnicodeError, TypeError, AttributeError):
+    except (ArrowException, UnicodeError, TypeError, AttributeError, OverflowError):
         put(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

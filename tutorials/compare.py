@@ -348,10 +348,10 @@ def tradeoff(record):
 def delivered(histories, configs):
     """What every method delivers: (label, method, {knob: value}, {seed: evaluation}) tuples."""
     for label, runs in histories.items():
+        config, label = configs[label], without(("average", "mixtures"), label)
         name, *own = split_label(label)
         more = [knob for knob, _ in own if ":" in name]  # a baseline is one method over all its settings
-        method, knobs = method_of(label), {knob: configs[label][knob] for knob in (*KNOBS, *more)}
-        label = without(("average", "mixtures"), label)
+        method, knobs = method_of(label), {knob: config[knob] for knob in (*KNOBS, *more)}
         yield label, method, knobs, {seed: during_training(h)[-1] for seed, h in runs.items()}
         for event in [line["event"] for line in next(iter(runs.values())) if is_after(line)]:
             ends = {seed: next(e for e in h if e["event"] == event) for seed, h in runs.items()}
