@@ -349,9 +349,8 @@ def delivered(histories, configs):
     """What every method delivers: (label, method, {knob: value}, {seed: evaluation}) tuples."""
     for label, runs in histories.items():
         config, label = configs[label], without(("average", "mixtures"), label)
-        name, *own = split_label(label)
-        more = [knob for knob, _ in own if ":" in name]  # a baseline is one method over all its settings
-        method, knobs = method_of(label), {knob: config[knob] for knob in (*KNOBS, *more)}
+        own = [name for name, _ in split_label(label)[1:]] if is_baseline(label) else []
+        method, knobs = method_of(label), {knob: config[knob] for knob in (*KNOBS, *own)}
         yield label, method, knobs, {seed: during_training(h)[-1] for seed, h in runs.items()}
         for event in [line["event"] for line in next(iter(runs.values())) if is_after(line)]:
             ends = {seed: next(e for e in h if e["event"] == event) for seed, h in runs.items()}
@@ -366,10 +365,17 @@ def delivered(histories, configs):
 
 
 def method_of(label):
-    """The method that a label is a setting of: its name without values of the knobs."""
+    """The method that a label is a setting of: its name without values of the knobs, which for a baseline are
+    all its settings."""
     method, *own = split_label(without((*KNOBS, "average", "mixtures"), label))
-    file, _, baseline = method.rpartition(":")
-    return baseline if file else join_label("ppo-kl" if method == "ppo" else method, own)
+    if is_baseline(label):
+        return method.rpartition(":")[2]
+    return join_label("ppo-kl" if method == "ppo" else method, own)
+
+
+def is_baseline(label):
+    """Whether a label names a method of a program of its own, by its file."""
+    return ":" in split_label(label)[0]
 
 
 def without(names, label):
@@ -517,7 +523,6 @@ UNITS = dict(
 def styles_of(names):
     """{name: its style}. A method has the same colour and marker in every picture; lines and fillings tell
     apart what has the same method but other settings."""
-    names = list(names)
     methods = [re.split("[:,]", name)[0] for name in names]
     others = [method for method in dict.fromkeys(methods) if method not in STYLES]
     known, styles = STYLES | dict(zip(others, itertools.cycle(SPARE), strict=False)), {}
@@ -544,7 +549,7 @@ def plot_tradeoff(record, path):
     draw_front(plane, summary, styles)
     runs = {without(("average", "mixtures"), label): runs for label, runs in record["runs"].items()}
     labels = dict.fromkeys(["ppo", *(numbers["chosen"] for numbers in summary["methods"].values())])
-    names = {label: method_of(label) if ".py:" in label else label for label in labels if label in runs}
+    names = {label: method_of(label) if is_baseline(label) else label for label in labels if label in runs}
     draw_over_time(over_time, {name: runs[label] for label, name in names.items()}, styles_of(names.values()))
     plane.set(xlabel=drift_axis(record), ylabel="reward")
     over_time.set(xlabel="update", ylabel=drift_axis(record))
