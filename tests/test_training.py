@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -384,6 +385,19 @@ def test_last_good_checkpoint_is_named_and_good(tiny, tmp_path, capsys, monkeypa
         assert main(to_argv(tiny)) == 1
     expected = f"update 4: train_reward is nan; checkpoints, if any yet, are in {tmp_path / 'run'}"
     assert expected in last_line_of(capsys)
+    assert train(configure(**tiny | dict(resume=True)))["end"]["update"] == 4
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(tiny, capsys):
+    """A limit on the size of files stands for the disk."""
+    assert main(to_argv(tiny | dict(updates=2))) == 0
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        assert main(to_argv(tiny | dict(resume=True))) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert "File too large" in last_line_of(capsys)
     assert train(configure(**tiny | dict(resume=True)))["end"]["update"] == 4
 
 
