@@ -31,6 +31,7 @@ and data, 7 Three small worlds, 8 Files and command line, 9 Other people's train
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
@@ -992,7 +993,9 @@ def processes():
     """accelerate's view of this run's devices and processes. It has to be told to share work on the CPU."""
     from accelerate import Accelerator
 
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    atexit.register(accelerator.end_training)  # a process that ends within a group may abort
+    return accelerator
 
 
 def progress(iterable, **settings):
