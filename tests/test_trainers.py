@@ -246,7 +246,7 @@ def on_processes(n, *arguments):
 
 
 def launch(n, code, folder, *words):
-    """Runs the code in n processes. Each leaves the process group, since one that ends within it may abort."""
+    """Runs the code in n processes. Each leaves the process group, as one that ends within it may abort."""
     code += "\nimport accelerate\naccelerate.PartialState().destroy_process_group()"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "--no-python"]
     done = subprocess.run(

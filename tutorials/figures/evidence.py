@@ -18,6 +18,7 @@ import compare  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
+NAMES = TASKS | {"reviews": "reviews by people"}
 CURVES = {"ppo-kl": "PPO with a KL penalty", "elastic-reset": "Elastic Reset with a KL penalty"}
 ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
 WORDS = {
@@ -133,7 +134,7 @@ def without_penalty(summaries):
     for task, summary in summaries.items():
         own = [settings_of(summary, method)[0.0] for method in ("ppo-kl", "elastic-reset")]
         cells = [short(setting[name]) for setting in own for name in ("reward", "drift")]
-        rows.append([TASKS[task], short([summary["start"]["drift"]]), *cells])
+        rows.append([NAMES[task], short([summary["start"]["drift"]]), *cells])
     names = ["", "start: drift", "PPO: reward", "PPO: drift", "resets alone: reward", "resets alone: drift"]
     return "\n".join(compare.table(names, rows))
 
@@ -170,9 +171,8 @@ def rivals(summaries):
     rows = []
     for words in dict.fromkeys(words for own in pairs.values() for words in own):
         rows.append([words, *(verdict(*own[words]) if words in own else "-" for own in pairs.values())])
-    return "\n".join(
-        compare.table(["resets with a penalty, against", *(TASKS[name] for name in pairs)], rows)
-    )
+    names = ["resets with a penalty, against", *(NAMES[name] for name in pairs)]
+    return "\n".join(compare.table(names, rows))
 
 
 def rival_pairs(summary):
@@ -210,11 +210,27 @@ def near_the_best(summary):
     return counts
 
 
+def records(folder=""):
+    """{name: its summary}, of RESULTS/NAME or of a folder in it, where there is one"""
+    paths = {name: RESULTS / name / folder for name in NAMES}
+    return {name: compare.read_record(path)["summary"] for name, path in paths.items() if path.exists()}
+
+
+def page_tables():
+    """{name: table}, those of tutorials/results/README.md"""
+    found, again = records(), records("confirmation")
+    tables = {"without": without_penalty(found), "rivals": rivals(found), "rivals again": rivals(again)}
+    for name, summary in found.items():
+        tables |= {f"{number} {name}": by_coefficient(summary, number) for number in ("drift", "reward")}
+        tables[f"tuned {name}"] = tuned(summary)
+    return tables | {f"tuned {name} again": tuned(summary) for name, summary in again.items()}
+
+
 if __name__ == "__main__":
-    found = {task: compare.read_record(RESULTS / task)["summary"] for task in TASKS}
+    found = {task: summary for task, summary in records().items() if task in TASKS}
     picture(found).savefig(HERE / "evidence.png", dpi=200)
-    print(f"{table(found)}\n\n{without_penalty(found)}\n\n{rivals(found)}")
-    for task, summary in found.items():
-        for part in (by_coefficient(summary, "drift"), by_coefficient(summary, "reward"), tuned(summary)):
-            print(f"\n{task}\n{part}")
-        print(near_the_best(summary))
+    print(table(found))
+    for name, text in page_tables().items():
+        print(f"\n{name}\n{text}")
+    for name, summary in found.items():
+        print(f"{name}: {near_the_best(summary)}")
