@@ -668,14 +668,14 @@ def plot_choice(record, path):
 
 
 def plot_basin(record, path):
-    """A map per method, KL coefficient by learning rate: the gain in reward of each cell as its colour, its
-    drift as a number, bold where the cell ends well. How many cells do stands above the map."""
+    """A map per method, KL coefficient by learning rate, with each cell's drift and its share of the best
+    gain in reward. Cells with nine tenths of that gain and a drift that counts end well, and are white."""
     from matplotlib.figure import Figure
 
     summary = record["summary"]
     found = methods_along(summary, "kl_coef", "learning_rate")
-    figure = Figure(figsize=(1 + 4.2 * len(found), 4), layout="constrained")
-    start, high = summary["start"]["reward"], summary["range"][1]
+    figure = Figure(figsize=(4.2 * len(found), 4), layout="constrained")
+    floor, high = summary["floor"], summary["range"][1]
     means = {
         (method, s["knobs"]["learning_rate"], s["knobs"]["kl_coef"]): [
             mean_and_error(s[name])[0] for name in ("reward", "drift")
@@ -683,25 +683,22 @@ def plot_basin(record, path):
         for method, own in found.items()
         for s in own
     }
-    best = max(reward - start for reward, drift in means.values() if drift <= high)
+    best = max(reward - floor for reward, drift in means.values() if drift <= high)
     rates, coefs = (sorted({key[i] for key in means}) for i in (1, 2))
     for axes, method in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-        gains = [
-            [means.get((method, rate, coef), (math.nan, 0))[0] - start for coef in coefs] for rate in rates
-        ]
-        image = axes.imshow(gains, origin="lower", cmap="Blues", vmin=0, vmax=1.1 * best, aspect="auto")
-        well = 0
+        bad = [[True] * len(coefs) for _ in rates]
         for (row, rate), (column, coef) in itertools.product(enumerate(rates), enumerate(coefs)):
             reward, drift = means.get((method, rate, coef), (math.nan, math.inf))
-            good = drift <= high and reward - start >= 0.9 * best
-            well += good
-            look = dict(weight="bold") if good else dict(color="0.45")
-            axes.text(column, row, f"{drift:.3g}", ha="center", va="center", fontsize=8, **look)
+            share = (reward - floor) / best
+            bad[row][column] = not (drift <= high and share >= 0.9)
+            words = f"{drift:.3g}\n{share:.0%}" if math.isfinite(drift) else "not run"
+            axes.text(column, row, words, ha="center", va="center", fontsize=8)
+        axes.imshow(bad, origin="lower", cmap="Oranges", vmin=0, vmax=3, aspect="auto")
         axes.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
         axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set(xlabel="KL coefficient", ylabel="learning rate")
+        well = sum(row.count(False) for row in bad)
         axes.set_title(f"{method}\n{well} of {len(rates) * len(coefs)} cells end well", fontsize=10)
-    figure.colorbar(image, ax=figure.axes, label="gain in reward (the numbers: drift)")
     figure.savefig(path, format="png", dpi=200)
 
 

@@ -18,7 +18,7 @@ import compare  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
-NAMES = TASKS | {"reviews": "reviews by people"}
+
 CURVES = {"ppo-kl": "PPO with a KL penalty", "elastic-reset": "Elastic Reset with a KL penalty"}
 ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
 WORDS = {
@@ -30,11 +30,13 @@ WORDS = {
     "S2P": "supervised loss beside RL (S2P)",
     "SIL": "imitation by students (SIL)",
 }
-FACTORS = {
-    "penalty alone, both with a tenth of its best coefficient": 0.1,
-    "penalty alone, both with ten times its best coefficient": 10,
+MISJUDGED = {  # both have a coefficient that is so many times the best one of the penalty alone
+    "penalty alone, both with a tenth of its best coefficient": ("ppo-kl", 0.1),
+    "penalty, mixed with the start, both with a tenth": ("ppo-kl, mixed with the start", 0.1),
+    "penalty alone, both with ten times its best coefficient": ("ppo-kl", 10),
 }
 ONE_EACH = list(WORDS)[:3]  # the methods with one setting for each KL coefficient
+BATCHES = {8: "batch_8", 16: "", 32: "batch_32"}
 ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the points of a panel lie
 
 
@@ -134,7 +136,7 @@ def without_penalty(summaries):
     for task, summary in summaries.items():
         own = [settings_of(summary, method)[0.0] for method in ("ppo-kl", "elastic-reset")]
         cells = [short(setting[name]) for setting in own for name in ("reward", "drift")]
-        rows.append([NAMES[task], short([summary["start"]["drift"]]), *cells])
+        rows.append([TASKS[task], short([summary["start"]["drift"]]), *cells])
     names = ["", "start: drift", "PPO: reward", "PPO: drift", "resets alone: reward", "resets alone: drift"]
     return "\n".join(compare.table(names, rows))
 
@@ -171,7 +173,7 @@ def rivals(summaries):
     rows = []
     for words in dict.fromkeys(words for own in pairs.values() for words in own):
         rows.append([words, *(verdict(*own[words]) if words in own else "-" for own in pairs.values())])
-    names = ["resets with a penalty, against", *(NAMES[name] for name in pairs)]
+    names = ["resets with a penalty, against", *(TASKS[name] for name in pairs)]
     return "\n".join(compare.table(names, rows))
 
 
@@ -181,16 +183,20 @@ def rival_pairs(summary):
     ours, *others = [method for method in WORDS if method in methods]
     best = {method: settings[methods[method]["chosen"]] for method in methods}
     pairs = {WORDS[method]: (best[ours], best[method]) for method in others}
-    for words, factor in FACTORS.items():
+    for words, (rival, factor) in MISJUDGED.items():
         coef = factor * best["ppo-kl"]["knobs"]["kl_coef"]
-        pairs[words] = [near(settings_of(summary, method), coef) for method in (ours, "ppo-kl")]
+        pairs[words] = [best_near(summary, method, coef) for method in (ours, rival)]
     return {words: pair for words, pair in pairs.items() if all(pair)}
 
 
-def near(settings, coef):
-    """The setting whose KL coefficient is nearest to coef, if one is within a factor of 2."""
-    nearest = min(filter(None, settings), key=lambda c: abs(math.log(c / coef)))
-    return settings[nearest] if abs(math.log(nearest / coef)) < math.log(2) else None
+def best_near(summary, method, coef):
+    """The best setting of those whose KL coefficient is nearest to coef, if it is within a factor of 2."""
+    own = [summary["settings"][label] for label in summary["methods"][method]["labels"]]
+    distances = {c: abs(math.log(c / coef)) for s in own if (c := s["knobs"]["kl_coef"])}
+    nearest = min(distances, key=distances.get)
+    there = [setting for setting in own if setting["knobs"]["kl_coef"] == nearest]
+    best = max(there, key=lambda setting: compare.mean_and_error(setting["area"])[0])
+    return best if distances[nearest] < math.log(2) else None
 
 
 def verdict(ours, rival):
@@ -210,16 +216,42 @@ def near_the_best(summary):
     return counts
 
 
+def by_batch_size():
+    """The area of resets less that of a rival at the same KL coefficient, in the game with other batches."""
+    rows, coefs = [], (0.003, 0.01, 0.03)
+    for size, folder in BATCHES.items():
+        own = compare.read_record(RESULTS / "translation" / folder)["summary"]
+        for rival in ONE_EACH[1:]:
+            ours, theirs = settings_of(own, "elastic-reset"), settings_of(own, rival)
+            words = [verdict(ours[coef], theirs[coef]) for coef in coefs]
+            rows.append([f"{size} responses an update, against: {WORDS[rival]}", *words])
+    return "\n".join(compare.table(["at the KL coefficient", *(f"{coef:g}" for coef in coefs)], rows))
+
+
+def real_text(summary):
+    """The reward of each setting, and three numbers that may tell what it costs. Some settings that lie
+    between others are left out."""
+    names, rows = ("reward", "kl", "distinct_2", "drift"), []
+    for label, setting in summary["settings"].items():
+        if not any(part in label for part in (" at ", "eta 0.20", "eta 0.60")):
+            numbers = [short([end[name] for end in setting["ends"].values()]) for name in names]
+            rows.append([label, *numbers])
+    start = [rounded(summary["start"][name], summary["start"][name]) for name in names]
+    titles = ["", "reward", "KL from the start", "different pairs of words", "perplexity"]
+    return "\n".join(compare.table(titles, [["start", *start], *rows]))
+
+
 def records(folder=""):
-    """{name: its summary}, of RESULTS/NAME or of a folder in it, where there is one"""
-    paths = {name: RESULTS / name / folder for name in NAMES}
-    return {name: compare.read_record(path)["summary"] for name, path in paths.items() if path.exists()}
+    """{task: the summary of its record}, or of that in a folder of it"""
+    return {task: compare.read_record(RESULTS / task / folder)["summary"] for task in TASKS}
 
 
 def page_tables():
     """{name: table}, those of tutorials/results/README.md"""
     found, again = records(), records("confirmation")
     tables = {"without": without_penalty(found), "rivals": rivals(found), "rivals again": rivals(again)}
+    tables["batches"] = by_batch_size()
+    tables["reviews"] = real_text(compare.read_record(RESULTS / "reviews")["summary"])
     for name, summary in found.items():
         tables |= {f"{number} {name}": by_coefficient(summary, number) for number in ("drift", "reward")}
         tables[f"tuned {name}"] = tuned(summary)
@@ -227,7 +259,7 @@ def page_tables():
 
 
 if __name__ == "__main__":
-    found = {task: summary for task, summary in records().items() if task in TASKS}
+    found = records()
     picture(found).savefig(HERE / "evidence.png", dpi=200)
     print(table(found))
     for name, text in page_tables().items():
