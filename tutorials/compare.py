@@ -686,19 +686,19 @@ def plot_basin(record, path):
     best = max(reward - floor for reward, drift in means.values() if drift <= high)
     rates, coefs = (sorted({key[i] for key in means}) for i in (1, 2))
     for axes, method in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-        bad = [[True] * len(coefs) for _ in rates]
+        well = [[False] * len(coefs) for _ in rates]
         for (row, rate), (column, coef) in itertools.product(enumerate(rates), enumerate(coefs)):
             reward, drift = means.get((method, rate, coef), (math.nan, math.inf))
             share = (reward - floor) / best
-            bad[row][column] = not (drift <= high and share >= 0.9)
+            well[row][column] = drift <= high and share >= 0.9
             words = f"{drift:.3g}\n{share:.0%}" if math.isfinite(drift) else "not run"
             axes.text(column, row, words, ha="center", va="center", fontsize=8)
-        axes.imshow(bad, origin="lower", cmap="Oranges", vmin=0, vmax=3, aspect="auto")
+        axes.imshow(well, origin="lower", cmap="Oranges_r", vmin=-2, vmax=1, aspect="auto")
         axes.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
         axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set(xlabel="KL coefficient", ylabel="learning rate")
-        well = sum(row.count(False) for row in bad)
-        axes.set_title(f"{method}\n{well} of {len(rates) * len(coefs)} cells end well", fontsize=10)
+        count = f"{sum(map(sum, well))} of {len(rates) * len(coefs)} cells end well"
+        axes.set_title(f"{method}\n{count}", fontsize=10)
     figure.savefig(path, format="png", dpi=200)
 
 
