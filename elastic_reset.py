@@ -2,14 +2,18 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.6", "numpy>=1.26", "transformers>=5.0", "tokenizers>=0.22", "datasets>=4.0",
-#     "accelerate>=1.10", "safetensors>=0.5", "sacrebleu>=2.5", "sentencepiece>=0.2", "matplotlib>=3.8",
-#     "tqdm>=4.66", "pyyaml>=6.0", "filelock>=3.16", "peft>=0.17", "pydantic-monty>=1.4",
+#     "accelerate>=1.10", "safetensors>=0.5", "sacrebleu>=2.5", "sentencepiece>=0.2",
+#     "matplotlib>=3.8", "tqdm>=4.66", "pyyaml>=6.0", "filelock>=3.16", "peft>=0.17",
+#     "pydantic-monty>=1.4",
 # ]
 # ///
-"""Elastic Reset: fine-tune a language model with PPO and keep its language. One file, read from the top.
+"""Elastic Reset: fine-tune a language model with PPO and keep its language. Read it from the top.
 
-The method (Noukhovitch, Lavoie, Strub, Courville: "Language Model Alignment with Elastic Reset", NeurIPS
-2023, arXiv 2312.07551). theta: weights of the policy (the model); theta_0: at the start; theta_bar: average.
+The method is "Language Model Alignment with Elastic Reset" (Noukhovitch, Lavoie, Strub, Courville,
+NeurIPS 2023, arXiv 2312.07551). The policy is the model that is trained. PPO, proximal policy
+optimization, raises in small steps the probability of responses that earned more than expected.
+theta are the policy's weights, theta_0 those at the start (`init` in the code), and theta_bar is an
+exponential moving average of theta (EMA, `ema` in the code).
 
     theta_bar <- theta_0
     for update = 1, 2, ...:
@@ -19,23 +23,37 @@ The method (Noukhovitch, Lavoie, Strub, Courville: "Language Model Alignment wit
             theta     <- theta_bar
             theta_bar <- theta_0
 
-Elastic Reset does not change PPO's loss. A reset leaves the value head and the optimizer's moments alone.
+Elastic Reset does not change PPO's loss, its value head or the optimizer's moments. The presets of the
+tasks add a small KL penalty, which `--kl_coef 0` turns off.
 
-Run it:   python elastic_reset.py --task translation       (offline, minutes on two CPU cores; see --help)
-Copy it:  ElasticReset needs torch alone and asks for one line in a training loop, `elastic.step()`. To paste
-          section 1 by itself, put before it: import contextlib, itertools, torch; from torch import nn;
-          ema_kernel = None.
+Run it:   python elastic_reset.py --task translation    (offline, minutes on two CPU cores; --help)
+Copy it:  ElasticReset needs torch alone and asks for one line in a training loop, `elastic.step()`.
+          To paste section 1 by itself, put before it: import contextlib, itertools, torch;
+          from torch import nn; ema_kernel = None.
 
-Sections: 1 Elastic Reset, 2 PPO, 3 Training (the algorithm is complete here), 4 Tasks, 5 Settings, 6 Models
-and data, 7 Three small worlds, 8 Files and command line, 9 Other people's trainers.
+Section                     what is there
+ 1 Elastic Reset            the average, the reset, its four rules: all that other loops need
+ 2 Settings                 every setting of a run, with its default and its range
+ 3 PPO's formulas           rewards, advantages, loss: functions of tensors, each with its equation
+ 4 The policy               how responses are sampled and scored
+ 5 Training                 train(), the whole algorithm in seven numbered steps
+ 6 The translation game     what a task is; FR -> EN -> DE, with its data
+ 7 Film reviews             mock sentiment, with its data
+ 8 Python questions         technical QA, with its data
+ 9 Models                   loading by name, training from scratch, LoRA, tokenizers
+10 A run                    files, checkpoints, command line
+11 Other people's trainers  a callback for transformers' Trainer and TRL
 """
 
 import argparse
+import ast
 import atexit
 import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -45,13 +63,14 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -59,231 +78,506 @@ from torch import nn
 
 try:
     import ema_kernel
-except ImportError:  # not built: averages take the torch._foreach path
+except ImportError:  # The extension is not built, so averages take the torch._foreach path.
     ema_kernel = None
 
 
-# ============================================ 1. Elastic Reset ============================================
+# ======================================== 1. Elastic Reset ========================================
 
-RESET_RULES = {  # rule: what the policy becomes, what the EMA becomes
-    "elastic": ("ema", "init"),  # the paper's
-    "ema": ("ema", "ema"),  # its ablation "reset to EMA"; also Hare & Tortoise, Switch EMA
-    "init": ("init", "ema"),  # its ablation "reset to init"
+RESET_RULES = {  # rule: (the weights copied into the policy, those copied into the EMA)
+    "elastic": ("ema", "init"),  # the paper's reset
+    "ema": ("ema", "ema"),  # the EMA goes on; also known as Hare & Tortoise and as Switch EMA
+    "init": ("init", "ema"),  # back to the start, an ablation of the paper
     "none": ("policy", "ema"),  # plain RL
 }
 
 
 class ElasticReset:
-    """The moving average of a policy's weights, and the reset of the policy to it (the paper's section 3).
+    """Keep the moving average of a policy's weights, and reset the policy to it (the paper, section
+    3).
 
         elastic = ElasticReset(model, decay=0.995, reset_every=17)
         ...
         elastic.step()  # after every PPO update or, in other training, after every optimizer.step()
 
-    `model` is a module (with FSDP2 the root) or an iterable of parameters. As an optimizer does, it holds
-    those that have `requires_grad` now, tied ones once, and never moves or replaces them: make it where you
-    make the optimizer, after adapters and `fully_shard`. Of a DTensor each rank averages its own shard.
+    `model` is a module or an iterable of parameters. Averaged are the parameters that require a
+    gradient when this object is made, with LoRA the adapter's. Tied parameters count once. Create
+    the ElasticReset where you create the optimizer, after adapters and `fully_shard`, because it
+    keeps references to the parameters, as an optimizer does. It never moves or replaces them.
 
-    `ema` and `init` are lists of tensors shaped like `params`: float32 (float64 for float64), because a
-    bfloat16 average with decay 0.995 would be rounded back to where it was. `backend` is "rust" if the
-    extension `ema_kernel` is built and all parameters are contiguous CPU tensors, each with memory of its
-    own; else "foreach", torch's operations on lists.
-    """
+    `ema` and `init` are lists of tensors shaped like `params`. They are float32, or float64 for
+    float64 parameters. With decay 0.995 each change is so small that bfloat16 would round it away.
+
+    `backend` is "rust" if the extension `ema_kernel` is built, all parameters are contiguous CPU
+    tensors and no two of them share memory. Else it is "foreach", torch's operations on lists of
+    tensors.
+
+    Where FSDP2 has split the parameters over processes, they are DTensors, and each process
+    averages its own shards. `model` must be the root module then. On one device, skip what concerns
+    that.
+
+    Raises ValueError for settings out of range or if nothing requires a gradient, TypeError for
+    parameters that are sparse, without memory (meta) or of 8 bits."""
 
     def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
-        if not 0 <= decay <= 1 or not reset_every >= 1 or reset_every % 1 or reset not in RESET_RULES:
-            settings = f"decay {decay}, reset_every {reset_every}, reset {reset!r}"
-            raise ValueError(f"{settings}; expected 0 to 1, 1 or more, one of {', '.join(RESET_RULES)}")
-        self.decay, self.reset_every, self.rule = decay, int(reset_every), reset
-        whole, names = isinstance(model, nn.Module), {}
-        self._fsdp = [module for module in model.modules() if hasattr(module, "reshard")] if whole else []
-        self._drop_whole_copies()
-        for name, p in model.named_parameters() if whole else enumerate(model):
-            if p.requires_grad and (p.is_meta or p.layout != torch.strided or p.element_size() < 2):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
+        if not (reset_every >= 1 and reset_every % 1 == 0):
+            raise ValueError(f"reset_every is {reset_every}; expected a whole number of at least 1")
+        if reset not in RESET_RULES:
+            raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
+        self.decay = decay
+        self.reset_every = int(reset_every)
+        self.rule = reset
+        self.updates = 0
+        self.resets = 0
+        if isinstance(model, nn.Module):
+            self._fsdp_modules = [m for m in model.modules() if hasattr(m, "reshard")]
+            self._free_gathered_copies()
+            named_parameters = model.named_parameters()
+        else:
+            self._fsdp_modules = []
+            named_parameters = enumerate(model)
+        names = {}  # {parameter: its first name}
+        for name, p in named_parameters:
+            if not p.requires_grad:
+                continue
+            if p.is_meta or p.layout != torch.strided or p.element_size() < 2:
                 raise TypeError(f"parameter {name} is not a dense one in memory of 16 bits or more")
-            if p.requires_grad:
-                names.setdefault(p, str(name))
+            names.setdefault(p, str(name))
         if not names:
-            raise ValueError("no parameter has requires_grad=True, so there is nothing to average or reset")
-        self.params, self.names = list(names), list(names.values())
-        self.ema, self.init = ([local(p) for p in self.params] for _ in range(2))  # _follow() puts in copies
-        self.updates = self.resets = 0
+            raise ValueError("no parameter requires a gradient, so there is nothing to average or reset")
+        self.params = list(names)
+        self.names = list(names.values())
+        # Not copies yet. The first call of _current_policy() replaces them by float32 copies in
+        # flat buffers.
+        self.ema = [local(p) for p in self.params]
+        self.init = [local(p) for p in self.params]
         self._places = None
-        self._follow()
+        self._flat = []
+        self._current_policy()  # called for its effect: it lays the averages out
 
     @property
     def backend(self) -> str:
         return "rust" if self._flat else "foreach"
 
     def step(self) -> bool:
-        """update() and, every `reset_every`-th time, reset(). Returns whether it has reset."""
+        """Call update() and, every `reset_every`-th time, reset(). Returns whether it has reset."""
         self.update()
-        due = self.rule != "none" and self.updates % self.reset_every == 0
-        if due:
-            self.reset()
-        return due
+        if not self.is_due(self.updates):
+            return False
+        self.reset()
+        return True
+
+    def is_due(self, updates: int) -> bool:
+        """Say whether a reset follows this number of updates. train() counts PPO updates, in each
+        of which the EMA may move several times."""
+        return self.rule != "none" and updates % self.reset_every == 0
 
     @torch.no_grad()
     def update(self) -> None:
         """ema <- decay * ema + (1 - decay) * policy"""
-        policy = self._follow()
+        policy = self._current_policy()
         self.updates += 1
-        for policies, ema, _ in self._flat:
-            ema_kernel.update(ema, policies, self.decay, torch.get_num_threads())
-        if self.backend == "foreach":
-            wide = [p.to(ema.dtype) for p, ema in zip(policy, self.ema, strict=True)]
-            torch._foreach_lerp_(self.ema, wide, 1 - self.decay)
+        if self.backend == "rust":
+            for arrays, ema, _ in self._flat:
+                ema_kernel.update(ema, arrays, self.decay, torch.get_num_threads())
+            return
+        wide_policy = [p.to(ema.dtype) for p, ema in zip(policy, self.ema, strict=True)]
+        # ema += (1 - decay) * (policy - ema)
+        torch._foreach_lerp_(self.ema, wide_policy, 1 - self.decay)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """policy <- ema, rounded once to the policy's dtype; ema <- init. Other rules: see RESET_RULES."""
-        weights = dict(policy=self._follow(), ema=self.ema, init=self.init)
+        """policy <- ema, rounded once to the policy's dtype; ema <- init. Other rules: see
+        RESET_RULES."""
+        policy = self._current_policy()
         self.resets += 1
-        if self.backend == "rust" and self.rule == "elastic":
-            for policies, ema, init in self._flat:
-                ema_kernel.reset(policies, ema, init, torch.get_num_threads())
-            return
+        if self.backend == "rust" and self.rule == "elastic":  # the kernel knows this rule only
+            for arrays, ema, init in self._flat:
+                ema_kernel.reset(arrays, ema, init, torch.get_num_threads())
+            return  # what the kernel takes is never FSDP2's, so there are no gathered copies
+        weights = {"policy": policy, "ema": self.ema, "init": self.init}
         policy_becomes, ema_becomes = RESET_RULES[self.rule]
-        torch._foreach_copy_(weights["policy"], weights[policy_becomes])
-        torch._foreach_copy_(weights["ema"], weights[ema_becomes])
-        self._drop_whole_copies()
+        torch._foreach_copy_(policy, weights[policy_becomes])
+        torch._foreach_copy_(self.ema, weights[ema_becomes])
+        self._free_gathered_copies()
+
+    def averaged(self):
+        """Give the policy the EMA's weights inside `with elastic.averaged():`, to evaluate or save
+        it."""
+        return self.holding(self.ema)
 
     @contextlib.contextmanager
-    def averaged(self):
-        """Within `with elastic.averaged():` the policy has the EMA's weights, to be evaluated or saved."""
-        policy = self._follow()
+    def holding(self, weights: list[torch.Tensor]):
+        """Give the policy other weights inside a `with` block, a list in the order of `params`.
+        They are copied in, and afterwards the policy's own are copied back, so every parameter
+        stays the object that it was."""
+        policy = self._current_policy()
         own = [p.clone() for p in policy]
         try:
-            torch._foreach_copy_(policy, self.ema)
-            self._drop_whole_copies()
+            torch._foreach_copy_(policy, weights)
+            self._free_gathered_copies()
             yield
         finally:
-            torch._foreach_copy_(self._follow(), own)
-            self._drop_whole_copies()
-
-    def by_name(self, weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`weights`, listed like `params`, by name and in the policy's dtypes, for functional_call."""
-        return {n: w.to(p.dtype) for n, p, w in zip(self.names, self.params, weights, strict=True)}
+            torch._foreach_copy_(self._current_policy(), own)
+            self._free_gathered_copies()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """`ema.<name>`, `init.<name>`, `updates`, `resets`: tensors, DTensors where the parameters are. They
-        are live, as in torch.optim: clone what must not change with the next update."""
-        self._follow()
+        """Return `ema.<name>`, `init.<name>`, `updates` and `resets`: tensors, or DTensors where
+        the parameters are. The tensors are not copies. The next update changes them, so clone what
+        you want to keep."""
+        self._current_policy()  # moves the averages if the parameters have moved
         state = {"updates": torch.tensor(self.updates), "resets": torch.tensor(self.resets)}
         for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
-            state |= {f"ema.{name}": as_dtensor(p, ema), f"init.{name}": as_dtensor(p, init)}
+            state[f"ema.{name}"] = shard_like(p, ema)
+            state[f"init.{name}"] = shard_like(p, init)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copies a state_dict() in; full tensors will do for DTensors. ValueError, with nothing changed, if a
-        name, a shape or a dtype differs."""
+        """Copy a state_dict() in. Full tensors will do where the parameters are DTensors. Raises
+        ValueError, with nothing changed, if a name, a shape or a dtype differs."""
         own = self.state_dict()
-        compare_layout(own, dict(state), "not this policy's state: it")
+        for name in own.keys() | state.keys():
+            if name not in own or name not in state:
+                raise ValueError(f"not this policy's state: {name} is missing or unknown")
+            expected = (own[name].shape, own[name].dtype)
+            if (state[name].shape, state[name].dtype) != expected:
+                raise ValueError(f"not this policy's state: {name} has another shape or dtype")
         for name, tensor in own.items():
-            tensor.copy_(as_dtensor(tensor, state[name], whole=True))
-        self.updates, self.resets = int(state["updates"]), int(state["resets"])
+            tensor.copy_(distributed_like(tensor, state[name]))
+        self.updates = int(state["updates"])
+        self.resets = int(state["resets"])
 
-    def _drop_whole_copies(self) -> None:
-        """Between passes FSDP2 may keep gathered copies of the parameters, which are stale now."""
-        for module in self._fsdp:
+    # ---- how the averages are stored
+
+    def __getstate__(self):
+        """Leave the flat buffers out of copies and pickles, in which an average is no longer a view
+        of its buffer. The copy builds new ones when it is first used."""
+        return vars(self) | {"_places": None, "_flat": []}
+
+    def _free_gathered_copies(self) -> None:
+        """Make FSDP2 drop the gathered copies of the parameters that it may keep between passes.
+        After a change they are out of date."""
+        for module in self._fsdp_modules:
             module.reshard()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _follow(self) -> list[torch.Tensor]:
-        """The parameters as plain tensors, a DTensor as this rank's shard. Where `.to()` has moved them, ema
-        and init are laid out anew beside them: in flat buffers, one each per dtype and device. For the kernel
-        it keeps these and the parameters as flat arrays."""
-        policy, groups = [local(p) for p in self.params], {}
+    def _current_policy(self) -> list[torch.Tensor]:
+        """Return the parameters as plain tensors, of a DTensor this process's shard. Where `.to()`
+        has moved them since the last call, build the averages anew beside them."""
+        policy = [local(p) for p in self.params]
         places = [p.data_ptr() for p in policy]
-        if places == self._places:
-            return policy
-        self._places, self._flat = places, []
-        ends = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in policy if p.numel())
-        takes = ema_kernel is not None
-        takes &= all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
-        for p in self.params:
-            takes &= p.device.type == "cpu" and not hasattr(p, "to_local") and p.is_contiguous()
-            takes &= p.is_floating_point() and p.data_ptr() % p.element_size() == 0
+        if places != self._places:
+            self._lay_out(policy)
+            self._places = places
+        return policy
+
+    @torch.inference_mode(False)  # averages made in inference mode could not change outside it
+    @torch.no_grad()
+    def _lay_out(self, policy: list[torch.Tensor]) -> None:
+        """Copy ema and init into flat buffers beside the parameters. `_flat` has, for each dtype
+        and device, the kernel's arguments: a list of parameters, ema and init, as flat NumPy arrays
+        that share the tensors' memory. It is empty if the kernel cannot be used."""
+        self._flat = []
+        kernel_works = self._kernel_can_work_in_place()
+        groups = {}
         for i, p in enumerate(policy):
             groups.setdefault((p.device, p.dtype), []).append(i)
         for (device, dtype), members in groups.items():
-            sizes, wide = [policy[i].numel() for i in members], torch.promote_types(dtype, torch.float32)
-            arrays = [[as_array(policy[i].view(-1)) for i in members]] if takes else []
-            for averages in (self.ema, self.init):
-                flat = torch.empty(sum(sizes), dtype=wide, device=device)
-                for i, part in zip(members, flat.split(sizes), strict=True):
-                    averages[i] = part.view(policy[i].shape).copy_(averages[i])
-                arrays += [as_array(flat)] if takes else []
-            self._flat += [arrays] if takes else []
-        return policy
+            average_dtype = torch.promote_types(dtype, torch.float32)
+            ema = move_to_buffer(self.ema, members, average_dtype, device)
+            init = move_to_buffer(self.init, members, average_dtype, device)
+            if kernel_works:
+                arrays = [as_array(policy[i].view(-1)) for i in members]
+                self._flat.append((arrays, as_array(ema), as_array(init)))
+
+    def _kernel_can_work_in_place(self) -> bool:
+        """Say whether all parameters are contiguous, aligned floating-point CPU tensors and no two
+        of them share memory."""
+        if ema_kernel is None:
+            return False
+        spans = []
+        for p in self.params:
+            if p.device.type != "cpu" or hasattr(p, "to_local") or not p.is_contiguous():
+                return False
+            if not p.is_floating_point() or p.data_ptr() % p.element_size() != 0:
+                return False
+            if p.numel():
+                spans.append((p.data_ptr(), p.data_ptr() + p.nbytes))
+        for (_, end), (next_start, _) in itertools.pairwise(sorted(spans)):
+            if end > next_start:
+                return False
+        return True
 
 
-def compare_layout(own, other, place):
-    """ValueError unless both have the same names, types, shapes and dtypes, at every depth."""
-    kinds = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in (own, other)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{place} is missing, unknown or of another type, shape or dtype")
-    if isinstance(own, list) and own:  # a new run's lists are empty
-        own, other = dict(enumerate(own)), dict(enumerate(other))
-    if isinstance(own, dict):
-        for name in [*own, *other]:
-            compare_layout(own.get(name), other.get(name), f"{place}[{name!r}]")
+def move_to_buffer(tensors, members, dtype, device):
+    """Copy some members of a list of tensors into one flat buffer, replace each by a view of its
+    part, and return the buffer, (number of all their elements,)."""
+    sizes = [tensors[i].numel() for i in members]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+    for i, part in zip(members, flat.split(sizes), strict=True):
+        view = part.view(tensors[i].shape)
+        view.copy_(tensors[i])
+        tensors[i] = view  # in the same list, which others may hold on to
+    return flat
 
 
 def local(p):
-    """The tensor itself, or this rank's shard of a DTensor."""
+    """Return the tensor itself or, if it is a DTensor, this process's shard of it."""
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
-def as_dtensor(p, tensor, whole=False):
-    """This rank's shard of a tensor, or the whole one, as a DTensor like p; as it is where p is none."""
-    if not hasattr(p, "to_local") or hasattr(tensor, "to_local"):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def shard_like(p, shard):
+    """Make this process's shard a DTensor like p. If p is not a DTensor, the tensor is returned
+    unchanged."""
+    if not hasattr(p, "to_local"):
+        return shard
+    from torch.distributed.tensor import DTensor
 
-    if whole:
-        return distribute_tensor(tensor, p.device_mesh, p.placements)
-    shape = dict(shape=p.shape, stride=p.stride())
-    return DTensor.from_local(tensor, p.device_mesh, p.placements, run_check=False, **shape)
+    return DTensor.from_local(
+        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
+def distributed_like(p, full):
+    """Make a full tensor a DTensor like p. If p is not a DTensor, or `full` is one already, `full`
+    is returned unchanged."""
+    if not hasattr(p, "to_local") or hasattr(full, "to_local"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, p.device_mesh, p.placements)
 
 
 def as_array(flat):
-    """The same memory as a NumPy array; NumPy has no bfloat16 and sees its bits as uint16."""
+    """View the same memory as a NumPy array. NumPy has no bfloat16 and sees its bits as uint16."""
     return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
 
 
-# ================================================= 2. PPO ==================================================
-# Shapes: `batch` prompts of `prompt` tokens, each answered by a response of `response` tokens. After its EOS
-# a response is padding; `mask` (batch, response) is True up to and including the EOS: nothing else counts.
+# ========================================== 2. Settings ===========================================
+
+METHODS = {  # settings by which each differs from the task's preset, the task's own defaults
+    "elastic-reset": dict(reset="elastic"),
+    "ppo": dict(reset="none", kl_coef=0.0),
+    "ppo-kl": dict(reset="none", kl_reference="init"),
+    "reinforce": dict(reset="none", kl_coef=0.0, num_ppo_epochs=1, mini_batch_size=0, vf_coef=0.0, lam=1.0),
+    "fixed-sender": dict(reset="none", num_ppo_epochs=0),  # the policy never learns
+    "reset-init": dict(reset="init"),
+    "reset-ema": dict(reset="ema"),
+    "ema-reference": dict(reset="none", kl_reference="ema"),  # WARP's first stage, EMA-PG
+}
+PENALTY_METHODS = ("ppo-kl", "ema-reference")  # these limit drift by a KL penalty only
+TRACKERS = ("tensorboard", "wandb", "trackio")
+GAME, IMDB, QA = "translation", "imdb", "qa"
+EMBEDDED_TASKS = (GAME, IMDB, QA)  # each refuses settings that only the others have
+
+
+def setting(default, help, low=None, high=10**9, *, choices=(), tasks=(), group=None):
+    """Describe one field of Config. `low`, `high`: its range; `high` may be the name of a setting
+    that stands above. `choices`: the values that a text may have. `tasks`: those that have this
+    setting; empty means all, also your own. `group`: a title in --help, on the first setting of a
+    group."""
+    about = dict(help=help, low=low, high=high, choices=tuple(choices), tasks=tasks, group=group)
+    return field(default=default, metadata=about)
+
+
+@dataclass
+class Config:
+    """Hold all settings of a run. configure() builds it from a preset, a method and the user's
+    settings. Raises ValueError if a setting has another type, is out of its range or belongs to
+    another task."""
+
+    task: str = setting("custom", "what to train: translation, imdb or qa", group="The run")
+    method: str = setting("elastic-reset", "a named set of defaults", choices=METHODS)
+    seed: int = setting(0, "of sampling and data order; pretraining always has the same", 0, 10**18)
+    updates: int = setting(200, "PPO updates; each samples batch_size responses", 1)
+    eval_every: int = setting(20, "updates between evaluations; one more on either side of a reset", 1)
+    eval_size: int = setting(256, "validation prompts (and programs) to evaluate on", 1)
+    save_every: int = setting(20, "updates between checkpoints", 1)
+    output_dir: str = setting("", "where the files go; empty: runs/<task>/<method>/seed<seed>")
+    resume: bool = setting(False, "true: go on from the checkpoint in output_dir, if there is one")
+    report_to: str = setting("none", "a tracker to log to, too", choices=("none", *TRACKERS))
+
+    reset: str = setting("elastic", "a reset rule", choices=RESET_RULES, group="Elastic Reset")
+    reset_every: int = setting(40, "PPO updates between resets", 1)
+    ema_decay: float = setting(0.97, "share of itself that the EMA keeps when it moves", 0, 1)
+    ema_update: str = setting("update", "when the EMA moves", choices=("update", "epoch"))
+
+    learning_rate: float = setting(2e-4, "AdamW's", 0, 1, group="PPO")
+    value_learning_rate: float = setting(0.0, "of the value function; 0: learning_rate", 0, 1)
+    batch_size: int = setting(128, "responses sampled per update", 1)
+    mini_batch_size: int = setting(64, "responses per optimizer step; 0: all", 0, "batch_size")
+    num_ppo_epochs: int = setting(2, "passes over each batch; 0 keeps the policy fixed", 0)
+    gradient_accumulation_steps: int = setting(1, "parts of a batch, to save memory", 1)
+    max_length: int = setting(64, "longest source or target text, in tokens; more is cut off", 2)
+    response_length: int = setting(20, "longest response, in tokens", 1, "max_length")
+    min_response_length: int = setting(0, "EOS is forbidden before", 0, "response_length")
+    temperature: float = setting(1.0, "sampling temperature", 0.01, 100)
+    gamma: float = setting(1.0, "discount of later rewards", 0, 1)
+    lam: float = setting(0.95, "GAE's lambda; 1 trusts rewards alone, 0 values", 0, 1)
+    cliprange: float = setting(0.2, "how far a ratio of probabilities may move from 1", 0)
+    cliprange_value: float = setting(0.2, "how far a value may move", 0)
+    vf_coef: float = setting(0.1, "weight of the value function's loss; 0: none is learned", 0)
+    entropy_coef: float = setting(0.0, "weight of a bonus for entropy, for spread-out choices", 0)
+    max_grad_norm: float = setting(1.0, "longest gradient; longer ones are scaled down", 1e-9)
+    early_stop_kl: float = setting(0.0, "end an update beyond this KL(old, new) per token; 0: never", 0)
+    separate_value_model: bool = setting(False, "true: values from a copy of the policy")
+    dtype: str = setting("float32", "of loaded weights", choices=("float32", "bfloat16"))
+
+    kl_coef: float = setting(0.0, "price of moving from the reference", 0, group="KL penalty")
+    kl_target: float = setting(0.0, "adapt kl_coef to this KL, nats per response; 0: do not", 0)
+    kl_reference: str = setting("init", "the reference", choices=("init", "ema"))
+
+    model: str = setting("", "hub name or folder; empty: train one", group="Models and data")
+    reward_model: str = setting("", "hub name or folder of a classifier or scorer", tasks=(IMDB, QA))
+    language_model: str = setting("", "hub name or folder of perplexity's model", tasks=(IMDB,))
+    receiver_model: str = setting("", "hub name or folder of the EN->DE receiver", tasks=(GAME,))
+    data: str = setting("", "hub name or folder, also DIR:train[9000:]; empty: embedded data")
+    validation_data: str = setting("", "held-out rows, as DIR:train[:200]; empty: data:validation")
+    sender_data: list = setting((), "fr, en pairs to pretrain the sender on", tasks=(GAME,))
+    receiver_data: list = setting((), "en, de pairs to pretrain the receiver on", tasks=(GAME,))
+    sft_data: str = setting("", "question, response_j for stage 1; empty: data", tasks=(QA,))
+    preference_data: str = setting("", "the same with response_k, for stage 2", tasks=(QA,))
+    programs: str = setting("", "problems in HumanEval's format to run answers on", tasks=(QA,))
+    receiver_learning_rate: float = setting(1e-3, "0 keeps the receiver fixed", 0, 1, tasks=(GAME,))
+    d_model: int = setting(96, "width of a model trained here, a multiple of 8", 8)
+    layers: int = setting(1, "layers of a model trained here, of its encoder and decoder each", 1)
+    vocab_size: int = setting(0, "BPE tokens of a model trained here; 0: one token a word", 0)
+    prompt_length: int = setting(10, "cut of a prompt", 1, "max_length", tasks=(IMDB, QA))
+    pretrain_updates: int = setting(800, "of pretraining; 0: --model is fine-tuned already", 0)
+    pretrain_batch_size: int = setting(128, "examples per update of pretraining", 1)
+    pretrain_learning_rate: float = setting(2e-3, "peak learning rate of pretraining", 0, 1)
+    reward_updates: int = setting(300, "updates of a reward model trained here", 1, tasks=(IMDB, QA))
+    lora_r: int = setting(8, "rank of the adapter; alpha is twice that", 1, tasks=(QA,))
+    lora_dropout: float = setting(0.0, "of stages 1 and 2; PPO has none", 0, 1, tasks=(QA,))
+    program_samples: int = setting(1, "programs per problem; with more, pass@k too", 1, tasks=(QA,))
+    program_length: int = setting(72, "longest program, in tokens", 1, tasks=(QA,))
+    program_temperature: float = setting(1.0, "of sampling programs", 0, 100, tasks=(QA,))
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is float and type(value) is int:
+                setattr(self, f.name, float(value))  # so that a setting has one type everywhere
+            elif f.type is list and isinstance(value, tuple):
+                setattr(self, f.name, list(value))
+            self._check(f, getattr(self, f.name))
+        if self.d_model % 8:
+            raise ValueError(f"d_model is {self.d_model}; expected a multiple of 8")
+        needs_penalty = self.kl_target or self.kl_reference == "ema" or self.method in PENALTY_METHODS
+        if needs_penalty and self.kl_coef == 0:
+            raise ValueError("kl_coef is 0, so there is no KL penalty to adapt or measure; try 0.05")
+
+    def _check(self, f, value):
+        """Raise ValueError unless a setting has its type, lies in its range and is the task's."""
+        low = f.metadata["low"]
+        high = f.metadata["high"]
+        choices = f.metadata["choices"]
+        tasks = f.metadata["tasks"]
+        expected = f.type.__name__
+        fits = isinstance(value, f.type) and isinstance(value, bool) == (f.type is bool)
+        if choices:
+            expected = "|".join(choices)
+            fits = fits and value in choices
+        elif low is not None:
+            largest = getattr(self, high) if isinstance(high, str) else high
+            expected += f" from {low} to {largest:,}"
+            if isinstance(high, str):
+                expected += f" ({high})"
+            fits = fits and low <= value <= largest
+        if not fits:
+            raise ValueError(f"{f.name} is {value!r}; expected {expected}")
+        is_another_tasks = tasks and self.task in EMBEDDED_TASKS and self.task not in tasks
+        if is_another_tasks and value not in (f.default, []):  # [] is the default of a list
+            raise ValueError(f"{f.name} is a setting of {', '.join(tasks)}, not of {self.task}")
+
+    @property
+    def sampling(self) -> dict:
+        """Return the arguments of respond() that RL samples with."""
+        return dict(
+            response_length=self.response_length,
+            temperature=self.temperature,
+            min_response_length=self.min_response_length,
+            max_length=self.max_length,
+        )
+
+
+def merged(*layers: dict) -> dict:
+    """Join layers of settings. A later layer wins. If it sets kl_coef to 0, it turns the whole KL
+    penalty off: kl_target and kl_reference of earlier layers go, too."""
+    settings = {}
+    for layer in layers:
+        if layer.get("kl_coef") == 0:
+            settings.update(kl_target=0.0, kl_reference="init")
+        settings.update(layer)
+    return settings
+
+
+def configure(task: str = "custom", method: str = "elastic-reset", **given) -> Config:
+    """Make the settings of a run: defaults < the task's preset < the method < `given`
+    (the later one wins).
+    Raises ValueError for a value that cannot be used, TypeError for a name that no setting has."""
+    task_class = TASKS.get(task) if isinstance(task, str) else None
+    preset = getattr(task_class, "preset", {})
+    if method in PENALTY_METHODS:
+        preset = preset | getattr(task_class, "preset_without_resets", {})
+    return Config(task=task, method=method, **merged(preset, METHODS.get(method, {}), given))
+
+
+# ======================================= 3. PPO's formulas ========================================
+#
+# The policy pi has sampled tokens a_t. Each gets a reward r_t. The value V_t, computed before a_t
+# is seen, guesses the sum of rewards from t on. The advantage A_t says how much better than V_t it
+# went. The loss raises log pi(a_t) where A_t > 0 and lowers it where A_t < 0.
+#
+# A batch is a dict of tensors. Each row is one prompt with its response.
+#
+#   input_ids, attention_mask   (batch, prompt)     the prompts, padded
+#   responses                   (batch, response)   the sampled tokens a_t; EOS ends them, then padding
+#   mask                        (batch, response)   True up to and including EOS
+#   scores                      (batch,)            what task.reward() says of the whole response
+#   logprobs                    (batch, response)   log pi(a_t) of the policy that sampled
+#   ref_logprobs                (batch, response)   the same under the reference of the KL penalty
+#   values                      (batch, response)   V_t
+#   advantages                  (batch, response)   A_t, whitened
+#   returns                     (batch, response)   R_t, the targets of the values
+#
+# All sums and means below run over the tokens where the mask is True.
 
 
 def gather_logprobs(logits, tokens):
-    """log pi(a_t | before), a_t a token. (batch, response, vocab), (batch, response) -> (batch, response)"""
+    """Compute log pi(a_t) of each token. (batch, response, vocab), (batch, response) -> (batch,
+    response)"""
     return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """The reward of each token, (batch, response): the KL penalty, negated, and at the last token also the
-    score (batch,) of the response."""
+    """Compute the reward of each token, (batch, response): -kl_coef (log pi - log pi_ref), and at
+    the last token also the score (batch,). Averaged over samples of pi, that difference of
+    logarithms is the KL divergence of pi from pi_ref, and so the policy pays for its distance (the
+    estimator known as k1)."""
     # r_t = - kl_coef (log pi(a_t) - log pi_ref(a_t)) + score [t is last]
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    last = mask.sum(1, keepdim=True) - 1
+    last = mask.sum(1, keepdim=True) - 1  # (batch, 1)
     return rewards.scatter_add(1, last, scores.unsqueeze(1))
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16): the advantages, how far rewards went
-    above the guess, and the returns. (batch, response) each."""
-    advantages, advantage = torch.zeros_like(rewards), 0.0
-    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # after the last token 0
+    """Estimate advantages by GAE (arXiv 1506.02438, equation 16). Returns advantages, how much
+    better it went than the values guessed, and returns, the targets that values learn: (batch,
+    response) each."""
     # delta_t = r_t + gamma V_{t+1} - V_t;    A_t = delta_t + gamma lam A_{t+1}
+    # A response that was cut off has no V behind it either: its score comes at its last token.
+    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # V_{t+1}, 0 after the last token
     deltas = (rewards + gamma * next_values - values) * mask
+    advantages = torch.zeros_like(rewards)
+    next_advantage = 0.0
     for t in reversed(range(rewards.shape[1])):
-        advantages[:, t] = advantage = deltas[:, t] + gamma * lam * advantage
-    # R_t = A_t + V_t, what V_t is fitted to
-    return advantages, (advantages + values) * mask
+        advantages[:, t] = deltas[:, t] + gamma * lam * next_advantage
+        next_advantage = advantages[:, t]
+    returns = (advantages + values) * mask  # R_t = A_t + V_t
+    return advantages, returns
 
 
 def masked_mean(x, mask):
@@ -291,286 +585,503 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Mean 0 and (unbiased) variance 1 over the unmasked tokens."""
+    """Shift and scale to mean 0 and (unbiased) variance 1 where the mask is True; elsewhere 0."""
     centred = (x - masked_mean(x, mask)) * mask
     variance = centred.square().sum() / (mask.sum() - 1).clamp(min=1)
     return centred * (variance + 1e-8).rsqrt()
 
 
 def ppo_loss(new_logprobs, new_values, entropy, old, *, cliprange, cliprange_value, vf_coef, entropy_coef):
-    """PPO's clipped loss (arXiv 1707.06347, equations 7 and 9; the values' clip is OpenAI Baselines'), and
-    numbers to watch. `old`: the responses' logprobs, values, advantages, returns and mask as sampled. All
+    """Compute PPO's clipped loss (arXiv 1707.06347, equations 7 and 9), a scalar, and {name: number
+    to log}. The clip of the values comes from OpenAI Baselines. `old` is the minibatch, with the
+    logprobs and values of the policy that sampled, advantages, returns and mask. All tensors are
     (batch, response)."""
-    mask, advantages = old["mask"], old["advantages"]
+    mask = old["mask"]
+    advantages = old["advantages"]
+    # min: nothing is gained by moving a ratio beyond 1 - c or 1 + c.
     # ratio_t = pi(a_t) / pi_old(a_t);    L_policy = - mean_t min(ratio_t A_t, clip(ratio_t, 1-c, 1+c) A_t)
     log_ratio = new_logprobs - old["logprobs"]
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     policy_loss = -masked_mean(torch.min(ratio * advantages, clipped * advantages), mask)
     # L_value = 1/2 mean_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -c, c) - R_t)^2)
-    clipped_values = old["values"] + (new_values - old["values"]).clamp(-cliprange_value, cliprange_value)
-    errors = torch.max((new_values - old["returns"]).square(), (clipped_values - old["returns"]).square())
-    value_loss = 0.5 * masked_mean(errors, mask)
-    # L = L_policy + c_v L_value - c_e H
+    change = (new_values - old["values"]).clamp(-cliprange_value, cliprange_value)
+    clipped_values = old["values"] + change
+    error = (new_values - old["returns"]).square()
+    clipped_error = (clipped_values - old["returns"]).square()
+    value_loss = 0.5 * masked_mean(torch.max(error, clipped_error), mask)
+    # L = L_policy + c_v L_value - c_e H; c_v is vf_coef, c_e entropy_coef, H the entropy
     loss = policy_loss + vf_coef * value_loss - entropy_coef * masked_mean(entropy, mask)
-    watch = dict(loss=loss, policy_loss=policy_loss, value_loss=value_loss)
-    watch["policy_kl"] = 0.5 * masked_mean(log_ratio.square(), mask)
-    watch["clipfrac"] = masked_mean(ratio != clipped, mask)
-    return loss, {name: value.item() for name, value in watch.items()}
+    stats = {
+        "loss": loss.item(),
+        "policy_loss": policy_loss.item(),
+        "value_loss": value_loss.item(),
+        "policy_kl": 0.5 * masked_mean(log_ratio.square(), mask).item(),  # KL(old, new), estimator k2
+        "clipfrac": masked_mean(ratio != clipped, mask).item(),
+    }
+    return loss, stats
+
+
+# ========================================= 4. The policy ==========================================
+# How a model samples and scores texts: the policy, and also the receiver of section 6.
 
 
 class ActorCritic(nn.Module):
-    """The policy with a value function: a linear head on the policy's last hidden state or, as a
-    `separate_value_model`, on that of a copy. The head starts at zero, and without a value loss (vf_coef 0)
-    stays there. The policy acts at `temperature` and ends no response before its `shortest` length."""
+    """Hold the policy (actor) and its value function (critic): a linear head on the policy's last
+    hidden states or, with `separate_value_model`, on those of a copy of the policy. The head starts
+    at zero, and without a value loss (vf_coef 0) it stays there. The policy acts at `temperature`
+    and ends no response before it has `min_response_length` tokens."""
 
-    def __init__(self, policy, temperature=1.0, separate_value_model=False, shortest=0):
+    def __init__(self, policy, temperature=1.0, separate_value_model=False, min_response_length=0):
         super().__init__()
-        self.policy, self.temperature, self.shortest = policy, temperature, shortest
-        self.value = nn.ModuleDict()
+        self.policy = policy
+        self.temperature = temperature
+        self.min_response_length = min_response_length
+        self.value = nn.ModuleDict()  # one module, because it has a learning rate of its own
         if separate_value_model:
-            whole = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # of an adapter
-            self.value["model"] = copy.deepcopy(whole.base_model)  # without the output layer
-        self.value["head"] = nn.Linear(policy.get_output_embeddings().in_features, 1, device=policy.device)
-        for p in self.value["head"].parameters():
-            nn.init.zeros_(p)
+            transformer = without_adapter(policy).base_model  # without the output layer
+            self.value["model"] = copy.deepcopy(transformer)
+        width = policy.get_output_embeddings().weight.shape[-1]
+        self.value["head"] = nn.Linear(width, 1, device=policy.device)
+        nn.init.zeros_(self.value["head"].weight)
+        nn.init.zeros_(self.value["head"].bias)
 
     def forward(self, batch, with_entropy=False, with_values=True):
-        """The responses' log-probabilities, values and, if asked for, entropies, (batch, response); 0 where
-        masked. (generate()'s scores will not do: computed a token at a time, they would not give the same
-        numbers, so that ratio_t would not start at 1.)"""
-        responses, mask = batch["responses"], batch["mask"]
+        """Compute log-probabilities, values and entropies of the responses, (batch, response) each,
+        0 where the mask is False. Entropies and values are 0 unless asked for."""
+        # The log-probabilities of generate() are not used. They are computed token by token and
+        # differ from those of a whole pass, in bfloat16 visibly, so the first ratio would not be 1.
+        responses = batch["responses"]
+        mask = batch["mask"]
+        length = responses.shape[1]
         inputs = response_inputs(self.policy, batch["input_ids"], batch["attention_mask"], responses)
-        logits, hidden = logits_and_states(self.policy, inputs, responses.shape[1])
-        logits = logits if self.temperature == 1 else logits / self.temperature
-        forbid(logits, self.policy, self.shortest)
+        # logits[:, t] and hidden[:, t] are those from which token t of the response is predicted.
+        logits, hidden = logits_and_states(self.policy, inputs, length)
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        forbid(logits, self.policy, self.min_response_length)
         all_logprobs = logits.log_softmax(-1)  # (batch, response, vocab)
-        logprobs = all_logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1)
-        # H = - sum_a pi(a) log pi(a)
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if with_entropy else torch.zeros_like(logprobs)
-        if "model" in self.value and with_values:
-            whole = self.value["model"](**inputs, use_cache=False)
-            hidden = whole.last_hidden_state[:, -responses.shape[1] :]
-        values = self.value["head"](hidden.float()).squeeze(-1)
-        return [torch.where(mask, x, 0.0) for x in (logprobs, values, entropy)]
+        logprobs = all_logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1)  # (batch, response)
+        entropy = torch.zeros_like(logprobs)
+        if with_entropy:  # H = - sum_a pi(a) log pi(a)
+            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        values = torch.zeros_like(logprobs)
+        if with_values:
+            if "model" in self.value:
+                states = self.value["model"](**inputs, use_cache=False).last_hidden_state
+                hidden = states[:, -length:]  # (batch, response, width)
+            values = self.value["head"](hidden.float()).squeeze(-1)
+        return tuple(torch.where(mask, x, 0.0) for x in (logprobs, values, entropy))
+
+
+def without_adapter(policy):
+    """Return the model itself or, if it has a PEFT adapter, the model that has been adapted."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 @torch.no_grad()
-def reference_logprobs(model, weights, batch):
-    """The responses' log-probabilities under other weights {name: tensor} of the policy, (batch, response).
-    The KL penalty's reference is weights that ElasticReset keeps anyway, not another model."""
-    weights = {f"policy.{name}": tensor for name, tensor in weights.items()}
-    return torch.func.functional_call(model, weights, (batch,), dict(with_values=False))[0]
+def score_responses(model, batch, parts=1, with_values=True):
+    """Compute the responses' log-probabilities and values, (batch, response) each, without
+    gradients. The rows go in `parts` parts, to save memory."""
+    logprobs = []
+    values = []
+    for rows in torch.arange(len(batch["mask"])).chunk(parts):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        part_logprobs, part_values, _ = model(part, with_values=with_values)
+        logprobs.append(part_logprobs)
+        values.append(part_values)
+    return torch.cat(logprobs), torch.cat(values)
+
+
+def reference_logprobs(model, elastic, weights, batch, *, parts=1):
+    """Compute the log-probabilities, (batch, response), that the responses would have if the policy
+    had other weights: elastic.init or elastic.ema. ElasticReset keeps these anyway, so no second
+    model is needed."""
+    with elastic.holding(weights):
+        logprobs, _ = score_responses(model, batch, parts, with_values=False)
+    return logprobs
 
 
 @torch.no_grad()
-def forbid(logits, policy, shortest=0, first=0):
-    """Masks in logits (batch, n, vocab), in place, the tokens that are never sampled: padding, and EOS among
-    the first `shortest` of a response. The n begin at its place `first`. Sampling and scoring use this."""
-    eos, pad = policy.generation_config.eos_token_id, policy.generation_config.pad_token_id
-    if pad not in eos:  # some models pad with their EOS
-        logits[..., pad] = -1e9
-    logits[:, : max(0, shortest - first), eos] = -1e9
+def forbid(logits, policy, min_response_length=0, position=0):
+    """Set to -1e9, in place, the logits of tokens that are never sampled: padding, and EOS among
+    the first `min_response_length` tokens of a response. logits: (batch, n, vocab), for n tokens of
+    the response from number `position` on. Sampling and scoring both ask this function."""
+    # No gradient is lost by that: a forbidden token is never one that is scored.
+    ids = token_ids(policy)
+    if ids["pad_token_id"] not in ids["eos_token_id"]:  # some models pad with their EOS
+        logits[..., ids["pad_token_id"]] = -1e9
+    logits[:, : max(0, min_response_length - position), ids["eos_token_id"]] = -1e9
+
+
+def token_ids(policy):
+    """Return the ids that a model's generation config names. ValueError if EOS or padding has
+    none."""
+    names = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+    ids = {name: getattr(policy.generation_config, name) for name in names}
+    if ids["eos_token_id"] is None or ids["pad_token_id"] is None:
+        raise ValueError(f"model.generation_config names {ids}; expected numbers")
+    if not isinstance(ids["eos_token_id"], list):
+        ids["eos_token_id"] = [ids["eos_token_id"]]
+    return ids
+
+
+@contextlib.contextmanager
+def plain_generation(policy, response_length):
+    """Replace the model's own settings for generate() (beams, penalties, forced tokens) by greedy
+    ones. Yields those. At the end the model has its own again."""
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(**token_ids(policy), max_new_tokens=response_length, do_sample=False)
+    base = without_adapter(policy)  # PEFT's generate() changes it, too
+    own = policy.generation_config
+    base_own = base.generation_config
+    policy.generation_config = plain
+    try:
+        yield plain
+    finally:
+        policy.generation_config = own
+        base.generation_config = base_own
 
 
 @torch.no_grad()
 def respond(
-    policy, tokenizer, prompts, response_length, temperature=1, shortest=0, max_length=None, rows=slice(None)
+    policy,
+    tokenizer,
+    prompts,
+    *,
+    response_length,
+    temperature=1.0,
+    min_response_length=0,
+    max_length=None,
+    rows=None,
 ):
-    """Samples a response to each prompt or, of several processes, to its own `rows` of them; at temperature
-    0, the likeliest tokens. An encoder's prompts are cut to max_length. Returns the batch, input_ids and
-    attention_mask (batch, prompt), responses and mask (batch, response), and the responses as texts."""
-    from transformers import GenerationConfig
+    """Sample one response for each prompt. Temperature 0 takes the most probable tokens. With
+    several processes, each samples for its own `rows`, a slice. An encoder's prompts are cut to
+    max_length.
 
-    decoder = not policy.config.is_encoder_decoder
-    side = dict(padding_side="left", truncation=False) if decoder else {}
-    tokens = tokens_of(tokenizer, prompts, None if decoder else max_length, policy.device, **side)
-    batch = {name: tensor[rows] for name, tensor in tokens.items()}
-    # Every process cuts its rows from the same tokens and random numbers, so that several do what one does.
+    Returns (batch, texts). The batch has input_ids and attention_mask, (batch, prompt), responses
+    and mask, (batch, response). Raises ValueError for prompts that are empty or too long for the
+    model."""
+    is_decoder = not policy.config.is_encoder_decoder
+    rows = rows or slice(None)
+    batch = tokenize_prompts(policy, tokenizer, prompts, response_length, max_length=max_length)
+    batch = {name: tensor[rows] for name, tensor in batch.items()}
+    # All processes draw the same numbers for all rows and keep their own, so that several do what
+    # one does.
     uniform = torch.rand(response_length, len(prompts), 1, device=policy.device)[:, rows]
-    before = batch["input_ids"] if decoder else batch["input_ids"][:, :0]
-    lengths, most = tokens["attention_mask"].sum(1), max_positions(policy) - response_length
-    if decoder and not 1 <= lengths.min() <= lengths.max() <= most:
-        raise ValueError(f"prompts have {lengths.min()} to {lengths.max()} tokens; expected 1 to {most}")
-    start = before.shape[1] + (not decoder)
+    prompt_tokens = batch["input_ids"] if is_decoder else batch["input_ids"][:, :0]
+    first = prompt_tokens.shape[1] if is_decoder else 1  # of the columns where the response stands
 
-    def drawn(tokens, scores):  # (batch, so far), (batch, vocab)
-        place = tokens.shape[1] - start
-        forbid(scores.unsqueeze(1), policy, shortest, place)
-        if not temperature:
-            return scores
-        # By inverse CDF, many times faster than torch.multinomial over a real vocabulary.
-        cumulative = (scores.float() / temperature).softmax(-1).cumsum(-1)
-        tokens = torch.searchsorted(cumulative, uniform[place] * cumulative[:, -1:], right=True)
-        tokens = tokens.clamp(max=scores.shape[1] - 1)
-        return torch.zeros_like(scores).scatter_(1, tokens, 1.0)  # so that generate() takes these
+    # generate() is greedy. To sample, it gets scores in which the token that we have drawn is the
+    # largest.
+    def choose_next(tokens, logits):  # (batch, so far), (batch, vocab)
+        position = tokens.shape[1] - first
+        forbid(logits.unsqueeze(1), policy, min_response_length, position)
+        if temperature == 0:
+            return logits
+        drawn = draw_tokens(logits / temperature, uniform[position])
+        return torch.zeros_like(logits).scatter_(1, drawn, 1.0)
 
-    settings = GenerationConfig(max_new_tokens=response_length, do_sample=False, num_beams=1)
-    responses = policy.generate(**batch, generation_config=settings, logits_processor=[drawn])[:, start:]
-    ended = torch.isin(responses, torch.tensor(policy.generation_config.eos_token_id, device=policy.device))
-    batch |= dict(responses=responses, mask=F.pad(ended.cumsum(1), (1, 0))[:, :-1] == 0)
-    # Some tokenizers drop a first space, so a decoder's response is decoded behind its prompt.
-    asked = tokenizer.batch_decode(before, skip_special_tokens=True)
-    whole = tokenizer.batch_decode(torch.cat([before, responses], 1), skip_special_tokens=True)
-    return batch, [text[len(prompt) :] for prompt, text in zip(asked, whole, strict=True)]
+    with plain_generation(policy, response_length) as plain:
+        tokens = policy.generate(**batch, generation_config=plain, logits_processor=[choose_next])
+    responses = tokens[:, first:]  # (batch, response)
+    eos = torch.tensor(token_ids(policy)["eos_token_id"], device=policy.device)
+    eos_count = torch.isin(responses, eos).cumsum(1)  # up to and including each token
+    mask = F.pad(eos_count, (1, 0))[:, :-1] == 0  # True while no EOS came before
+    batch.update(responses=responses, mask=mask)
+    return batch, response_texts(tokenizer, prompt_tokens, responses)
+
+
+def tokenize_prompts(policy, tokenizer, prompts, response_length, *, max_length):
+    """Return input_ids and attention_mask of the prompts, (batch, prompt) each."""
+    if policy.config.is_encoder_decoder:
+        return tokens_of(tokenizer, prompts, max_length, policy.device)
+    # A decoder goes on behind its prompt, so padding stands on the left, and nothing is cut off.
+    batch = tokens_of(tokenizer, prompts, None, policy.device, padding_side="left", truncation=False)
+    lengths = batch["attention_mask"].sum(1)
+    longest = max_positions(policy) - response_length
+    if lengths.min() < 1 or lengths.max() > longest:
+        found = f"{lengths.min()} to {lengths.max()}"
+        raise ValueError(f"prompts have {found} tokens; expected 1 to {longest}")
+    return batch
+
+
+def draw_tokens(logits, uniform):
+    """Draw one token, (batch, 1), from each row of logits (batch, vocab): the first at which the
+    cumulative probability exceeds the random number in `uniform` (batch, 1). This is much faster
+    than torch.multinomial over a large vocabulary."""
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]  # not exactly 1 in float32
+    tokens = torch.searchsorted(cumulative, uniform * total, right=True)
+    return tokens.clamp(max=logits.shape[1] - 1)
+
+
+def response_texts(tokenizer, prompt_tokens, responses):
+    """Decode the responses. Some tokenizers drop a first space, so a response is decoded together
+    with its prompt, which is then cut off. If the prompt's own text changes by that, it is decoded
+    alone."""
+    together = torch.cat([prompt_tokens, responses], 1)
+    prompts = tokenizer.batch_decode(prompt_tokens, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(together, skip_special_tokens=True)
+    for i, prompt in enumerate(prompts):
+        if texts[i].startswith(prompt):
+            texts[i] = texts[i][len(prompt) :]
+        else:
+            texts[i] = tokenizer.decode(responses[i], skip_special_tokens=True)
+    return texts
 
 
 def response_inputs(policy, input_ids, attention_mask, responses):
-    """The model's inputs. An encoder-decoder differs from a decoder here and in respond()."""
+    """Make the model's inputs to score responses behind their prompts."""
     if policy.config.is_encoder_decoder:
         start = torch.full_like(responses[:, :1], policy.generation_config.decoder_start_token_id)
-        shifted = torch.cat([start, responses[:, :-1]], 1)
+        shifted = torch.cat([start, responses[:, :-1]], 1)  # a token is predicted from those before
         return dict(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=shifted)
+    input_ids = torch.cat([input_ids, responses], 1)[:, :-1]  # the last token predicts nothing
+    # 1 also on padding behind EOS: no token where the mask is True looks at that.
     attention_mask = F.pad(attention_mask, (0, responses.shape[1] - 1), value=1)
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    input_ids = torch.cat([input_ids, responses], 1)[:, :-1]
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # 0 up to the first real token
     return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
 
 
 def logits_and_states(policy, inputs, n):
-    """Logits (batch, n, vocab) at the last n positions alone, in float32, and the output layer's input."""
-    states = []
+    """Compute the logits (batch, n, vocab), in float32, at the last n positions and the last hidden
+    states (batch, n, width) that they are computed from."""
+    kept = []
 
-    def keep_last(output_layer, arguments):
-        states.append(arguments[0][:, -n:])
-        return states[0]
+    def keep_last(output_layer, arguments):  # logits of the prompts would take much memory
+        kept.append(arguments[0][:, -n:])
+        return kept[0]
 
     with policy.get_output_embeddings().register_forward_pre_hook(keep_last):
-        return policy(**inputs, use_cache=False).logits.float(), states[0]
+        logits = policy(**inputs, use_cache=False).logits
+    return logits.float(), kept[0]
 
 
-# =============================================== 3. Training ===============================================
+def target_logprobs(model, tokenizer, sources, targets, max_length):
+    """Compute log p(target token | source, tokens before), 0 where padded, and the mask: (batch,
+    target) each. For a decoder no EOS is added, so a target's text must end with it."""
+    special = dict(padding_side="right", add_special_tokens=model.config.is_encoder_decoder)
+    source = tokens_of(tokenizer, sources, max_length, model.device)
+    target = tokens_of(tokenizer, None, max_length, model.device, text_target=targets, **special)
+    tokens = target["input_ids"]
+    mask = target["attention_mask"].bool()
+    inputs = response_inputs(model, source["input_ids"], source["attention_mask"], tokens)
+    logits, _ = logits_and_states(model, inputs, tokens.shape[1])
+    forbid(logits, model)
+    return torch.where(mask, gather_logprobs(logits, tokens), 0.0), mask
 
 
-def train(config: "Config", task: "Task | None" = None) -> dict:
-    """Trains and writes the run's files. Returns {"start": metrics, "end": metrics, "history": list of
-    metrics, "output_dir": folder}. Raises FloatingPointError when a reward, a loss or a gradient is not
-    finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
+@torch.no_grad()
+def mean_logprobs(model, tokenizer, sources, targets, max_length):
+    """Return the mean log-likelihood per token of each target, a list."""
+    means = []
+    for some_sources, some_targets in chunks(sources, targets):
+        logprobs, mask = target_logprobs(model, tokenizer, some_sources, some_targets, max_length)
+        means += (logprobs.sum(1) / mask.sum(1)).tolist()
+    return means
+
+
+@torch.no_grad()
+def mean_nll(model, tokenizer, sources, targets, max_length):
+    """Return the mean negative log-likelihood per token of all targets. If there is no token, that
+    is log(vocabulary size), a uniform guess's."""
+    total = 0.0
+    tokens = 0
+    for some_sources, some_targets in chunks(sources, targets, size=32):  # long texts' logits are large
+        logprobs, mask = target_logprobs(model, tokenizer, some_sources, some_targets, max_length)
+        total += logprobs.sum().item()
+        tokens += mask.sum().item()
+    return -total / tokens if tokens else math.log(len(tokenizer))
+
+
+def class_logits(model, tokenizer, texts, max_length):
+    """Compute a classifier's logits of texts, (batch, labels)."""
+    logits = []
+    for (some_texts,) in chunks(texts):
+        inputs = tokens_of(tokenizer, some_texts, max_length, model.device, padding_side="right")
+        logits.append(model(**inputs).logits.float())
+    return torch.cat(logits)
+
+
+def tokens_of(tokenizer, texts, max_length, device, *, truncation=True, **settings):
+    """Tokenize texts. Returns input_ids and attention_mask, (batch, longest text) each."""
+    settings.update(padding=True, truncation=truncation, return_tensors="pt")
+    tokens = tokenizer(texts, max_length=max_length, **settings)
+    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def chunks(*lists, size=128):
+    """Yield slices, `size` long, of parallel lists."""
+    for i in range(0, len(lists[0]), size):
+        yield tuple(items[i : i + size] for items in lists)
+
+
+def max_positions(model):
+    """Return how many tokens a model takes at most; many have no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+# ========================================== 5. Training ===========================================
+# A Run (section 10) has a run's folder, log, checkpoints and processes, and the current KL
+# coefficient. On one process run.share is everything, and run.gathered() and
+# run.mean_over_processes() change nothing.
+
+
+def train(config: Config, task: "Task | None" = None) -> dict:
+    """Train, and write the run's files. `task` is your own, or None for the one of config.task.
+    Returns {"start": metrics, "end": metrics, "history": list of metrics, "output_dir": folder}.
+    Raises ValueError for what cannot be used, FloatingPointError when a reward, a loss or a
+    gradient is not finite, KeyboardInterrupt (after a checkpoint) when asked to stop."""
     if task is None and config.task not in TASKS:
-        raise ValueError(f"--task is {config.task}; expected one of {', '.join(TASKS)}, or your own")
-    run = Run(config)  # section 8: folder, log, checkpoints, processes and the current KL coefficient
+        raise ValueError(f"--task is {config.task}; expected {', '.join(TASKS)} or your own task")
+    run = Run(config)
     task = task or TASKS[config.task](config)
-    model, optimizer = actor_critic(task.policy, config, run.accelerator)
+    model, optimizer = prepare_policy(task.policy, config, run.accelerator)  # with task.policy in it
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
     reference = elastic.ema if config.kl_reference == "ema" else elastic.init
-    run.begin(dict(model=model, optimizer=optimizer, elastic=elastic, **task.trained))
-    if not run.history:
+    parts = config.gradient_accumulation_steps
+    run.begin(task, model, optimizer, elastic)
+    if not run.history:  # not resumed
         run.log(evaluate(task, model, elastic, config))
 
     for update in run.updates():
-        # 1. Sample a response to each prompt
-        prompts = prompts_of(task, update, config)
-        batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling, rows=run.rows)
-        prompts = prompts[run.rows]  # this process's
+        # What torch draws follows from the update's number, so a resumed run repeats it exactly.
+        torch.manual_seed((config.seed * 1_000_003 + update) % (2**32 - 1))
 
-        # 2. Score: a reward for the response, a KL penalty for each of its tokens
-        scores = torch.as_tensor(task.reward(prompts, texts), dtype=torch.float32).detach()
-        scores = scores.to(model.policy.device).reshape(len(prompts))  # one each
-        with torch.no_grad():
-            logprobs, values, _ = model(batch)  # (batch, response)
-        ref_logprobs = logprobs
+        # 1. Sample a response to each prompt
+        prompts = prompts_of(task, update, config)  # they, too, follow from the update's number
+        batch, texts = respond(task.policy, task.tokenizer, prompts, rows=run.share, **config.sampling)
+        prompts = prompts[run.share]  # each process goes on with its own rows
+        orders = [torch.randperm(config.batch_size) for _ in range(config.num_ppo_epochs)]
+
+        # 2. Score: a reward for each response, a KL penalty for each of its tokens
+        batch["scores"] = scores_of(task, prompts, texts).to(model.policy.device)  # (batch,)
+        batch["logprobs"], batch["values"] = score_responses(model, batch, parts)  # (batch, response)
+        batch["ref_logprobs"] = batch["logprobs"]  # no penalty: nothing to measure from
         if run.kl_coef:
-            ref_logprobs = reference_logprobs(model, elastic.by_name(reference), batch)
-        batch |= dict(scores=scores, logprobs=logprobs, values=values, ref_logprobs=ref_logprobs)
+            batch["ref_logprobs"] = reference_logprobs(model, elastic, reference, batch, parts=parts)
         batch = run.gathered(batch)  # from here on each process has all rows
-        logprobs, ref_logprobs, mask = batch["logprobs"], batch["ref_logprobs"], batch["mask"]
-        rewards = shape_rewards(batch["scores"], logprobs, ref_logprobs, mask, run.kl_coef)
-        stats = dict(train_reward=batch["scores"].mean(), entropy=-masked_mean(logprobs, mask))
+        scores, mask = batch["scores"], batch["mask"]
+        logprobs, ref_logprobs = batch["logprobs"], batch["ref_logprobs"]
+        rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=run.kl_coef)
+        stats = dict(train_reward=scores.mean(), entropy=-masked_mean(logprobs, mask))
         if run.kl_coef:
-            stats |= dict(train_kl=(logprobs - ref_logprobs).sum(1).mean(), kl_coef=run.kl_coef)
+            stats.update(train_kl=(logprobs - ref_logprobs).sum(1).mean(), kl_coef=run.kl_coef)
         stats = run.mean_over_processes(stats)
 
-        # 3. Advantages
-        advantages, returns = gae(rewards, batch["values"], mask, config.gamma, config.lam)
-        batch |= dict(advantages=whiten(advantages, mask), returns=returns)
+        # 3. Advantages, (batch, response), whitened over the whole batch
+        advantages, returns = gae(rewards, batch["values"], mask, config.gamma, lam=config.lam)
+        batch.update(advantages=whiten(advantages, mask), returns=returns)
 
-        # 4. PPO epochs over minibatches, which are rows of the batch in a random order
-        for _epoch in range(config.num_ppo_epochs):
-            for rows in torch.randperm(config.batch_size).split(config.mini_batch_size or config.batch_size):
-                minibatch = {name: tensor[rows[run.rows]] for name, tensor in batch.items()}
-                minibatch_stats = ppo_backward(model, minibatch, config, run.accelerator)  # fills each p.grad
-                minibatch_stats |= task.backward(len(rows)) if hasattr(task, "backward") else {}
-                minibatch_stats |= optimizer_step(model, optimizer, config, run.accelerator)
-                stats |= run.mean_over_processes(minibatch_stats)  # the last minibatch's stay
+        # 4. PPO epochs over minibatches
+        for order in orders:
+            epoch_kl = []
+            for rows in order.split(config.mini_batch_size or config.batch_size):
+                own_rows = rows[run.share]  # this process's part
+                minibatch = {name: tensor[own_rows] for name, tensor in batch.items()}
+                losses = ppo_backward(model, minibatch, config, run.accelerator)  # fills each p.grad
+                if hasattr(task, "backward"):
+                    losses.update(task.backward(len(rows)))  # adds to it; the rows of all processes
+                losses.update(optimizer_step(model, optimizer, config, run.accelerator))
+                stats.update(run.mean_over_processes(losses))  # the last minibatch's are logged
+                epoch_kl.append(stats["policy_kl"])
             if config.ema_update == "epoch":
-                run.timed(elastic.update)
-            if config.early_stop_kl and stats["policy_kl"] > config.early_stop_kl:
+                elastic.update()
+            if config.early_stop_kl and sum(epoch_kl) / len(epoch_kl) > config.early_stop_kl:
                 break
-        if hasattr(task, "learn"):  # in translation, the receiver
-            stats = dict(**stats, **run.mean_over_processes(task.learn(prompts, texts) or {}))
-        if config.kl_target:  # adapt it, at most 20 per cent in 10,000 responses (arXiv 1909.08593, 2.2)
-            error = min(max(stats["train_kl"] / config.kl_target - 1, -0.2), 0.2)
-            run.kl_coef *= 1 + error * config.batch_size / 10_000
+        if hasattr(task, "learn"):  # in the translation game, the receiver learns
+            stats.update(run.mean_over_processes(task.learn(prompts, texts) or {}))
+        run.adapt_kl_coef(stats)
 
         # 5. EMA <- decay * EMA + (1 - decay) * policy
         if config.ema_update == "update":
-            run.timed(elastic.update)
+            elastic.update()
 
-        # 6. Reset: policy <- EMA, EMA <- start. (In a loop of your own, elastic.step() does 5 and 6.)
-        resets = config.reset != "none" and update % config.reset_every == 0
-        if resets:
+        # 6. Reset: policy <- EMA, EMA <- start. (elastic.step() does 5 and 6 in other loops.)
+        reset_is_due = elastic.is_due(update)
+        if reset_is_due:
             run.log(evaluate(task, model, elastic, config), "before reset", stats)
-            run.timed(elastic.reset)
+            elastic.reset()
 
         # 7. Evaluate and log
-        if resets or update % config.eval_every == 0 or update == config.updates:
-            run.log(evaluate(task, model, elastic, config), "after reset" if resets else "", stats)
+        if reset_is_due or update % config.eval_every == 0 or update == config.updates:
+            event = "after reset" if reset_is_due else ""
+            run.log(evaluate(task, model, elastic, config), event, stats)
         run.save_if_due()
 
-    if run.history[-1]["update"] < run.update:  # resumed with `updates` set to where it was stopped
+    if run.history[-1]["update"] < run.update:  # resumed after its last update
         run.log(evaluate(task, model, elastic, config))
     return run.finish(task)
 
 
-def actor_critic(policy, config, accelerator):
-    """The policy with its value function, and the optimizer of both."""
-    policy.eval()  # no dropout: the ratio of a policy to itself must be 1
-    set_plain_generation(policy)
-    model = ActorCritic(policy, config.temperature, config.separate_value_model, config.min_response_length)
-    # evaluation_mode: no DDP around it, which would hide model.policy; optimizer_step() averages gradients
+def prepare_policy(policy, config, accelerator):
+    """Return the policy with its value function, an ActorCritic, and the optimizer of both."""
+    policy.eval()  # no dropout, which would change the probability of a response each time
+    token_ids(policy)  # raises ValueError if the policy cannot be sampled from
+    separate = config.separate_value_model
+    model = ActorCritic(policy, config.temperature, separate, config.min_response_length)
+    # evaluation_mode keeps accelerate from wrapping it in DDP, which would hide model.policy.
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    rate = config.learning_rate
-    optimizer = adamw((model.policy, rate), (model.value, config.value_learning_rate or rate))
+    value_rate = config.value_learning_rate or config.learning_rate
+    optimizer = adamw((model.policy, config.learning_rate), (model.value, value_rate))
     return model, accelerator.prepare_optimizer(optimizer)
 
 
 def adamw(*groups):
-    """AdamW without weight decay, for (module, learning rate) pairs."""
-    groups = [dict(params=[p for p in m.parameters() if p.requires_grad], lr=lr) for m, lr in groups]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    """Make AdamW without weight decay, for (module, learning rate) pairs."""
+    param_groups = []
+    for module, learning_rate in groups:
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        param_groups.append(dict(params=trainable, lr=learning_rate))
+    return torch.optim.AdamW(param_groups, weight_decay=0.0, fused=True)
 
 
 def prompts_of(task, update, config):
-    """The prompts of an update. They and torch's seed, set here, depend on the run's seed and the update's
-    number, so that a resumed run goes on as if it had not been interrupted, and all processes draw alike."""
-    torch.manual_seed((config.seed * 1_000_003 + update) % (2**32 - 1))
+    """Return the prompts of an update, batch_size texts."""
     prompts = list(task.prompts(config.batch_size, update))
     if len(prompts) != config.batch_size:
         raise ValueError(f"prompts() gave {len(prompts)}; expected {config.batch_size} (batch_size)")
     return prompts
 
 
+def scores_of(task, prompts, responses):
+    """Ask the task for the reward of each response. Returns a tensor (batch,)."""
+    rewards = task.reward(prompts, responses)
+    try:
+        return torch.as_tensor(rewards, dtype=torch.float32).detach().reshape(len(prompts))
+    except (TypeError, ValueError, RuntimeError) as error:
+        expected = f"expected {len(prompts)} numbers, one for each response"
+        raise ValueError(f"reward() gave something else: {error}; {expected}") from error
+
+
 def ppo_backward(model, minibatch, config, accelerator):
-    """The gradient of ppo_loss, in `gradient_accumulation_steps` parts. Returns the numbers to watch."""
-    clip = dict(cliprange=config.cliprange, cliprange_value=config.cliprange_value)
-    settings = clip | dict(vf_coef=config.vf_coef, entropy_coef=config.entropy_coef)
-    tokens, watched = accelerator.reduce(minibatch["mask"].sum().float(), "mean"), {}
+    """Fill each p.grad with the gradient of ppo_loss, in `gradient_accumulation_steps` parts.
+    Returns the numbers to log."""
+    clips = dict(cliprange=config.cliprange, cliprange_value=config.cliprange_value)
+    weights = dict(vf_coef=config.vf_coef, entropy_coef=config.entropy_coef)
+    n_tokens = accelerator.reduce(minibatch["mask"].sum().float(), "mean")  # the processes' mean
+    stats = {}
     for rows in torch.arange(len(minibatch["mask"])).chunk(config.gradient_accumulation_steps):
         part = {name: tensor[rows] for name, tensor in minibatch.items()}
-        share = part["mask"].sum() / tokens
-        new = model(part, with_entropy=config.entropy_coef > 0)
-        loss, stats = ppo_loss(*new, part, **settings)
+        share = part["mask"].sum() / n_tokens  # so that the parts add up to the whole's gradient
+        logprobs, values, entropy = model(part, with_entropy=config.entropy_coef > 0)
+        loss, part_stats = ppo_loss(logprobs, values, entropy, part, **clips, **weights)
         accelerator.backward(loss * share)
-        for name, value in stats.items():
-            watched[name] = watched.get(name, 0.0) + value * share.item()
-    return watched
+        for name, value in part_stats.items():
+            stats[name] = stats.get(name, 0.0) + value * share.item()
+    return stats
 
 
 def optimizer_step(module, optimizer, config, accelerator):
-    """One step on the gradient averaged over the processes. Returns the gradient's norm."""
+    """Step along the gradient averaged over the processes. Returns the gradient's norm, to be
+    logged."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:  # one that had no part in the loss has a gradient of 0, on every process
-        p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+    for p in parameters:
+        if p.grad is None:  # it had no part in the loss; every process must reduce the same tensors
+            p.grad = torch.zeros_like(p)
+        p.grad = accelerator.reduce(p.grad, "mean")
     norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -578,854 +1089,288 @@ def optimizer_step(module, optimizer, config, accelerator):
 
 
 @torch.no_grad()
-def evaluate(task, model, elastic, config):
-    """The task's metrics and `kl`, the KL to the start in nats per response; always the same seed, and the
-    same on every process."""
+def evaluate(task, model, elastic, config) -> dict:
+    """Return the task's metrics and `kl`, the KL to the start in nats per response. The seed is
+    always the same, so evaluations can be compared, and every process gets the same numbers.
+    Training sets its own seed in each update."""
     torch.manual_seed(0)
-    responses, kl, start = [], [], elastic.by_name(elastic.init)
+    parts = config.gradient_accumulation_steps
+    responses = []
+    kl = []
     for (prompts,) in chunks(task.validation_prompts):
         batch, texts = respond(task.policy, task.tokenizer, prompts, **config.sampling)
-        logprobs, _, _ = model(batch, with_values=False)
-        kl.append((logprobs - reference_logprobs(model, start, batch)).sum(1))
+        logprobs, _ = score_responses(model, batch, parts, with_values=False)
+        start_logprobs = reference_logprobs(model, elastic, elastic.init, batch, parts=parts)
+        kl.append((logprobs - start_logprobs).sum(1))  # (prompts,)
         responses += texts
     metrics = task.evaluate(responses)
-    if not {"reward", "drift"} <= metrics.keys():
-        raise ValueError(f"evaluate() gave {', '.join(metrics)}; expected reward, drift and other numbers")
-    return dict(**metrics, kl=torch.cat(kl).mean().item())
+    if not ("reward" in metrics and "drift" in metrics):
+        raise ValueError(f"evaluate() gave {', '.join(metrics)}; expected reward, drift and others")
+    return metrics | dict(kl=torch.cat(kl).mean().item())
 
 
-# ================================================= 4. Tasks ================================================
+# ==================================== 6. The translation game =====================================
 
 
 class Task(Protocol):
-    """What train() needs of a task; write your own and call train(config, task=MyTask(...)).
+    """Say what train() needs of a task. Write your own and call train(config, task=MyTask(config)),
+    or put its class into TASKS, with the settings that differ from Config's defaults as its
+    `preset`, a dict.
 
-    `policy`: a transformers model with generate(). `trained`: what else learns, modules and optimizers by
-    name, for the checkpoints. Optional: `learn(prompts, responses)`, called once the policy is updated, and
-    `backward(n)`, which adds to the gradient of a minibatch of n responses; both return numbers to log.
-    `footnote`, printed at the end."""
+    Optional methods return numbers to log, {name: number}:
+        learn(prompts, responses)   called in every update, after the policy's steps, with the rows of
+                                    this process
+        backward(n)                 called in every minibatch of n responses, to add to the policy's
+                                    gradients, which are averaged over the processes afterwards
+    Optional attributes:
+        trained        {name: module or optimizer}: what else learns, for the checkpoints
+        saved_models   {name: (model, tokenizer)}: saved at the end, beside the policy
+        footnote       a text that is printed at the end"""
 
-    policy: nn.Module
+    policy: nn.Module  # a transformers model with generate()
     tokenizer: object
     validation_prompts: list[str]
-    trained: dict
 
     def prompts(self, n: int, update: int) -> list[str]:
-        """The prompts of an update. A function of its arguments: a resumed run must see the same data."""
+        """Return the n prompts of an update. They must follow from the arguments alone, because a
+        resumed run has to see the same data."""
 
     def reward(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """One finite number per response."""
+        """Return one finite number for each response."""
 
     def evaluate(self, responses: list[str]) -> dict:
-        """Numbers: `reward`, `drift`, others. `responses`: one for each validation prompt, always sampled
-        from the same seed. `samples`, {column: list of texts}, go to samples.md."""
+        """Return numbers: `reward`, `drift` and others. `responses`: one for each validation
+        prompt, always sampled from the same seed. `samples`, {column: list of texts}, goes to
+        samples.md."""
 
 
-class TranslationGame:
-    """FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The reward of the sender, our policy, is the
-    receiver's mean log-likelihood per token of the German reference, which the receiver learns. Nobody checks
-    the English between, so it drifts: `drift` is the human English's negative log-likelihood per token, in
-    the embedded game only of sentences whose words the start translates rightly, and can only unlearn."""
-
-    def __init__(self, config: "Config"):
-        self.config, data, kind = config, translation_data(config), "Seq2SeqLM"
-        self.sender_pairs, self.validation = data["sender"], data["validation"][: config.eval_size]
-        self.known = data.get("known", data["validation"])[: config.eval_size]
-        self.validation_prompts = [row["fr"] for row in self.validation]
-        self.german = {row["fr"]: row["de"] for row in reversed(data["train"])}  # the first one counts
-        french = list(dict.fromkeys(row["fr"] for row in data["train"]))
-        self.prompts = functools.partial(shuffled, french, seed=config.seed)
-        how = (likelihood_loss, config.pretrain_updates, config)
-        sender, receiver = config.model, config.receiver_model
-        sender = sender or pretrained("sender", kind, "marian", data["texts"], data["sender"], *how)
-        self.policy, self.tokenizer = load_model("sender", sender, kind, config, config.max_length)
-        receiver = receiver or pretrained("receiver", kind, "marian", data["texts"], data["receiver"], *how)
-        self.receiver = load_model("receiver", receiver, kind, config, config.max_length)
-        self.receiver_tokenizer, self.accelerator = self.receiver[1], processes()
-        optimizer = adamw((self.receiver[0], config.receiver_learning_rate))
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.trained = {"receiver": self.receiver[0], "receiver_optimizer": self.optimizer}
-        self.footnote = f"BLEU: {bleu(['a'], ['a'])[1]}"
-
-    def reward(self, prompts, responses):
-        german = [self.german[french] for french in prompts]
-        return mean_logprobs(*self.receiver, responses, german, self.config.max_length)
-
-    def learn(self, prompts, responses):
-        german = [self.german[french] for french in prompts]
-        logprobs, mask = target_logprobs(*self.receiver, responses, german, self.config.max_length)
-        loss = -logprobs.sum() / self.accelerator.reduce(mask.sum().float(), "mean")  # of all processes
-        self.accelerator.backward(loss)
-        stats = optimizer_step(self.receiver[0], self.optimizer, self.config, self.accelerator)
-        return dict(receiver_loss=loss.item(), receiver_gradient=stats["gradient"])
-
-    def evaluate(self, responses):
-        """Everything by greedy decoding. The sampled `responses` are not used."""
-        french, human, reference = ([row[column] for row in self.validation] for column in ("fr", "en", "de"))
-        known = [row["fr"] for row in self.known], [row["en"] for row in self.known]
-        longest = self.config.max_length
-        english = translate(self.policy, self.tokenizer, french, longest, self.config.response_length)
-        german = translate(*self.receiver, english, longest, longest)
-        rewards = mean_logprobs(*self.receiver, english, reference, longest)
-        samples = {"French": french, "human English": human, "human German": reference}
-        return dict(
-            reward=sum(rewards) / len(rewards),
-            drift=mean_nll(self.policy, self.tokenizer, *known, longest),
-            bleu_de=bleu(german, reference)[0],
-            bleu_en=bleu(english, human)[0],
-            samples=samples | {"English": english, "German": german},
-        )
-
-
-class MockSentiment:
-    """Continue a film review so that it sounds positive (the paper's section 5; RL4LMs' IMDB task), to a
-    classifier. `drift` is the continuations' perplexity under another language model."""
-
-    trained = {}
-
-    def __init__(self, config: "Config"):
-        self.config, data = config, review_data(config)
-        held_out, texts = data["validation"][: config.eval_size], [text for text, _ in data["train"]]
-        pairs = [(first, " " + rest) for first, _, rest in (t.partition(" ") for t in texts) if rest]
-        how, longest = (texts, pairs, likelihood_loss, config.pretrain_updates, config), 2 * config.max_length
-        self.longest = max(config.max_length, config.prompt_length + config.response_length)
-        policy = config.model or pretrained("policy", "CausalLM", "gpt2", *how)
-        self.policy, self.tokenizer = load_model("policy", policy, "CausalLM", config, longest)
-        judge = config.language_model or pretrained("language model", "CausalLM", "gpt2", *how, seed=1)
-        self.judge = load_model("language model", judge, "CausalLM", config, longest)
-        labelled, kind = [(label, text) for text, label in data["train"]], "SequenceClassification"
-        how = (texts, labelled, label_loss, config.reward_updates, config)
-        scorer = config.reward_model or pretrained("classifier", kind, "gpt2", *how)
-        self.classifier = load_model("classifier", scorer, kind, config, self.longest)
-        if self.classifier[0].config.num_labels != 2:
-            raise ValueError(f"reward_model {scorer!r} must have 2 labels, the second one positive")
-        cuts, self.validation_prompts = (self._cut(rows) for rows in (data["train"], held_out))
-        self.prompts = functools.partial(shuffled, cuts, seed=config.seed)
-        self.gold, scores = data["gold"], self._positive([text for text, _ in held_out])
-        right = sum((p > 0.5) == label for p, (_, label) in zip(scores, held_out, strict=True))
-        self.footnote = f"held out: the classifier's accuracy {right / len(held_out):.3f}"
-
-    def _cut(self, rows):
-        """The first tokens of each review, as text."""
-        texts, longest = [text for text, _ in rows], self.config.prompt_length
-        tokens = self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
-        return [cut for cut in self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if cut.strip()]
-
-    def reward(self, prompts, responses):
-        return self._positive([prompt + text for prompt, text in zip(prompts, responses, strict=True)])
-
-    @torch.no_grad()
-    def _positive(self, texts):
-        """The classifier's probability of label 1."""
-        return class_logits(*self.classifier, texts, self.longest).softmax(-1)[:, 1].tolist()
-
-    def evaluate(self, responses):
-        prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
-        words = [response.split() for response in responses]
-        return dict(
-            reward=sum(rewards) / len(rewards),
-            drift=math.exp(mean_nll(*self.judge, prompts, responses, self.config.max_length)),
-            distinct_1=distinct(words, 1),
-            distinct_2=distinct(words, 2),
-            words=sum(map(len, words)) / len(words),
-            **self.gold(prompts, responses),
-            samples=dict(prompt=prompts, continuation=responses),
-        )
-
-
-class TechnicalQA:
-    """Answer technical questions as a reward model likes it (the paper's section 6, StackLLaMA). `drift` is
-    the policy's perplexity of human answers; pass@k, of functions that are run, is the alignment tax, which
-    `pass_at_1_elsewhere` measures on prompts that RL never sees, in the embedded corpus."""
-
-    trained = {}
-
-    def __init__(self, config: "Config"):
-        self.config, data = config, qa_data(config)
-        # 1. Supervised fine-tuning on human answers
-        sft, texts, start = config.model, data["texts"], config.model or "llama"
-        if config.pretrain_updates:
-            how = (texts, data["sft"], answer_loss, config.pretrain_updates, config)
-            sft = pretrained("answers", "CausalLM", start, *how)
-        # 2. A reward model from pairs: a new head on stage 1's model or, without --model, from scratch
-        start, kind = sft if config.model else "llama", "SequenceClassification"
-        how = (texts, data["preferences"], preference_loss, config.reward_updates, config)
-        scorer = config.reward_model or pretrained("reward model", kind, start, *how, num_labels=1)
-        # 3. The policy of RL: an adapter on stage 1's model
-        longest = 2 * config.max_length
-        self.scorer = load_model("reward model", scorer, kind, config, longest, num_labels=1)
-        base, self.tokenizer = load_model("policy", sft, "CausalLM", config, longest)
-        self.policy = lora(base, "CausalLM", config, config.seed)
-        questions = self._fitting(data["questions"])
-        self.problems, self.elsewhere = (data[kind][: config.eval_size] for kind in ("problems", "elsewhere"))
-        self.prompts = functools.partial(shuffled, questions, seed=config.seed)
-        self.human = dict(data["validation"])
-        self.validation_prompts = self._fitting(list(self.human))[: config.eval_size]
-        better, worse = (self._scores(answers) for answers in zip(*data["held_out"], strict=True))
-        right = sum(a > b for a, b in zip(better, worse, strict=True))
-        self.footnote = f"held out: the reward model's accuracy {right / len(better):.3f}"
-
-    def _fitting(self, questions):
-        """The questions of at most prompt_length tokens."""
-        lengths, longest = map(len, self.tokenizer(questions)["input_ids"]), self.config.prompt_length
-        fitting = [q for q, length in zip(questions, lengths, strict=True) if length <= longest]
-        if not fitting:
-            raise ValueError(f"no question has at most prompt_length ({longest}) tokens")
-        return fitting
-
-    def reward(self, prompts, responses):
-        return self._scores([prompt + text for prompt, text in zip(prompts, responses, strict=True)])
-
-    @torch.no_grad()
-    def _scores(self, texts):
-        """The raw scores of texts, question and answer, ended as in the reward model's training."""
-        ended = [text + (self.scorer[1].eos_token or "") for text in texts]
-        return class_logits(*self.scorer, ended, 2 * self.config.max_length)[:, 0].tolist()
-
-    def evaluate(self, responses):
-        prompts, rewards = self.validation_prompts, self.reward(self.validation_prompts, responses)
-        human, longest = [self.human[p] + self.tokenizer.eos_token for p in prompts], self.config.max_length
-        tax = pass_at_k(self.policy, self.tokenizer, self.problems, self.config)
-        elsewhere = pass_at_k(self.policy, self.tokenizer, self.elsewhere, self.config)
-        return dict(
-            reward=sum(rewards) / len(rewards),
-            drift=math.exp(mean_nll(self.policy, self.tokenizer, prompts, human, longest)),
-            words=sum(len(response.split()) for response in responses) / len(responses),
-            **tax,
-            **{f"{name}_elsewhere": value for name, value in elsewhere.items()},
-            samples=dict(question=prompts, answer=responses),
-        )
-
-
-TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQA}
-
-
-# =============================================== 5. Settings ===============================================
-
-
-NO_KL = dict(kl_coef=0.0, kl_target=0.0, kl_reference="init")
-METHODS = {  # what each sets over the preset; for KL penalties see KL_COEFS too
-    "elastic-reset": dict(reset="elastic"),
-    "ppo": dict(reset="none", **NO_KL),
-    "ppo-kl": dict(reset="none", kl_reference="init"),
-    "reinforce": dict(reset="none", **NO_KL, num_ppo_epochs=1, mini_batch_size=0, vf_coef=0.0, lam=1.0),
-    "fixed-sender": dict(reset="none", num_ppo_epochs=0),
-    "reset-init": dict(reset="init"),
-    "reset-ema": dict(reset="ema"),
-    "ema-reference": dict(reset="none", kl_reference="ema"),  # WARP's first stage, EMA-PG
-}
-
-
-def expected(f):
-    return "|".join(get_args(f.type)) or f.type.__name__
-
-
-def tasks_of(f):
-    """The tasks that a setting is for, which its help names first, as in "imdb, qa: ..."; else all."""
-    tasks = f.metadata["help"].partition(": ")[0].split(", ")
-    return tasks if {*tasks} <= TASKS.keys() else [*TASKS]
-
-
-def flag(default, help, low=None, high=10**9, group=None):
-    """A setting: its help, its range, which may end at another setting, and, on the first of a group, the
-    group's title in --help."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
-
-
-@dataclass
-class Config:
-    """All settings of a run; configure() makes one of a preset, a method and what the user gave."""
-
-    task: str = flag("custom", "what to train: translation, imdb or qa", group="The run")
-    method: Literal[tuple(METHODS)] = flag("elastic-reset", "a named set of defaults")
-    preset: Literal["mini", "paper"] = flag("mini", "minutes on two CPU cores, or the paper's setting")
-    seed: int = flag(0, "of sampling and data order; pretraining has a fixed one", 0, 10**18)
-    updates: int = flag(200, "PPO updates; each samples batch_size responses", 1)
-    eval_every: int = flag(20, "updates between evaluations; each reset has one on either side", 1)
-    eval_size: int = flag(256, "validation prompts (and programs) to evaluate on", 1)
-    save_every: int = flag(20, "updates between checkpoints", 1)
-    output_dir: str = flag("", "where the files go; empty: runs/<task>/<method>/seed<seed>")
-    resume: bool = flag(False, "true: go on from the checkpoint in output_dir; needs the same settings")
-
-    reset: Literal[tuple(RESET_RULES)] = flag("elastic", "a rule", group="Elastic Reset")
-    reset_every: int = flag(40, "PPO updates between resets", 1)
-    ema_decay: float = flag(0.97, "decay ** reset_every is the start's share of a reset", 0, 1)
-    ema_update: Literal["update", "epoch"] = flag("update", "when the EMA moves")
-
-    learning_rate: float = flag(2e-4, "AdamW's", 0, 1, group="PPO")
-    value_learning_rate: float = flag(0.0, "of the value head or model; 0: learning_rate", 0, 1)
-    batch_size: int = flag(128, "responses sampled per update", 1)
-    mini_batch_size: int = flag(64, "responses per optimizer step; 0: batch_size", 0, "batch_size")
-    num_ppo_epochs: int = flag(2, "passes over each batch; 0 keeps the policy fixed", 0)
-    gradient_accumulation_steps: int = flag(1, "parts a minibatch is cut into, to save memory", 1)
-    max_length: int = flag(64, "longest input or target text, in tokens; the rest is cut off", 2)
-    response_length: int = flag(20, "longest response, in tokens", 1, "max_length")
-    min_response_length: int = flag(0, "shortest: no EOS is sampled before", 0, "response_length")
-    temperature: float = flag(1.0, "sampling temperature", 0.01, 100)
-    gamma: float = flag(1.0, "discount", 0, 1)
-    lam: float = flag(0.95, "lambda of the advantage estimation", 0, 1)
-    cliprange: float = flag(0.2, "clip of the probability ratio", 0)
-    cliprange_value: float = flag(0.2, "clip of the change of a value", 0)
-    vf_coef: float = flag(0.1, "weight of the value loss; 0: no value function", 0)
-    entropy_coef: float = flag(0.0, "weight of the entropy bonus", 0)
-    max_grad_norm: float = flag(1.0, "longest gradient; longer ones are scaled down", 1e-9)
-    early_stop_kl: float = flag(0.0, "end an update once the last minibatch's KL exceeds this; 0: never", 0)
-    separate_value_model: bool = flag(False, "true: instead of a value head on the policy")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "of loaded weights; bfloat16 loses small steps")
-
-    kl_coef: float = flag(0.0, "weight of the per-token KL penalty", 0, group="KL penalty")
-    kl_target: float = flag(0.0, "adapt kl_coef to reach this KL, in nats per response; 0: keep it", 0)
-    kl_reference: Literal["init", "ema"] = flag("init", "the penalty is measured from the start or the EMA")
-
-    model: str = flag("", "hub name or folder of the policy; empty: from scratch", group="Models and data")
-    reward_model: str = flag("", "imdb, qa: hub name or folder of a classifier or scorer")
-    language_model: str = flag("", "imdb: hub name or folder of the model that measures perplexity")
-    receiver_model: str = flag("", "translation: hub name or folder of the EN->DE receiver")
-    data: str = flag("", "hub name or folder, also DIR:train[9000:]; empty: embedded data")
-    validation_data: str = flag("", "held-out rows, as DIR:train[:200]; empty: data's split `validation`")
-    sender_data: list = flag((), "translation: fr, en pairs to pretrain the sender on; several allowed")
-    receiver_data: list = flag((), "translation: en, de pairs to pretrain the receiver on")
-    sft_data: str = flag("", "qa: question, response_j for stage 1; empty: data")
-    preference_data: str = flag("", "qa: question, response_j, response_k for stage 2; empty: data")
-    programs: str = flag("", "qa: problems in HumanEval's format, to run the model's answers against")
-    receiver_learning_rate: float = flag(1e-3, "translation: 0 keeps the receiver fixed", 0, 1)
-    d_model: int = flag(96, "pretraining: width of a model, a multiple of 8", 8)
-    layers: int = flag(1, "pretraining: layers (of the encoder and of the decoder)", 1)
-    vocab_size: int = flag(0, "pretraining: BPE vocabulary; 0: one token a word", 0)
-    prompt_length: int = flag(10, "imdb, qa: longest question, or cut of a review", 1, "max_length")
-    pretrain_updates: int = flag(800, "pretraining: updates; 0: --model is fine-tuned already", 0)
-    pretrain_batch_size: int = flag(128, "pretraining: examples per update", 1)
-    pretrain_learning_rate: float = flag(2e-3, "pretraining: peak learning rate", 0, 1)
-    reward_updates: int = flag(300, "imdb, qa: updates of a reward model trained here", 1)
-    lora_r: int = flag(8, "qa: rank of the adapter, which alone is trained; alpha is twice that", 1)
-    lora_dropout: float = flag(0.0, "qa: of stages 1 and 2; PPO has none", 0, 1)
-    program_samples: int = flag(1, "qa: programs per problem; with more, pass@k too", 1)
-    program_length: int = flag(72, "qa: longest program, in tokens", 1)
-    program_temperature: float = flag(1.0, "qa: sampling temperature of programs", 0, 100)
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            most, words = getattr(self, high) if isinstance(high, str) else high, get_args(f.type)
-            types = {float: (int, float), list: (list, tuple)}.get(f.type) or (str if words else f.type)
-            fine = isinstance(value, types) and isinstance(value, bool) == (f.type is bool)
-            fine = fine and (low is None or low <= value <= most) and (not words or value in words)
-            if not fine:
-                limits = "" if low is None else f" from {low} to {most:,}" + f" ({high})" * (most != high)
-                raise ValueError(f"{f.name} is {value!r}; expected {expected(f)}{limits}")
-            if self.task in TASKS and self.task not in tasks_of(f) and value not in (f.default, []):
-                raise ValueError(f"{f.name} is a setting of {', '.join(tasks_of(f))}, not of {self.task}")
-        if self.d_model % 8:
-            raise ValueError(f"d_model is {self.d_model}; expected a multiple of 8")
-        if not self.kl_coef and (self.kl_target or self.kl_reference != "init" or self.method == "ppo-kl"):
-            raise ValueError("kl_coef is 0, so there is no KL penalty to adapt or measure; try kl_coef 0.05")
-
-    @property
-    def sampling(self):
-        """The settings of respond() that RL samples with."""
-        how = dict(shortest=self.min_response_length, max_length=self.max_length)
-        return dict(response_length=self.response_length, temperature=self.temperature, **how)
-
-
-IWSLT = "hf://datasets/IWSLT/iwslt2017@refs%2Fconvert%2Fparquet/iwslt2017-{}-en/train/*.parquet"
-STACK = "hf://datasets/lvwerra/stack-exchange-paired/data"
-PRESETS = {
-    "translation/mini": dict(
-        updates=400, batch_size=16, mini_batch_size=16, reset_every=50, ema_decay=0.96, kl_coef=0.03,
-        eval_every=50,
-    ),
-    "translation/paper": dict(  # what is known of it; decay and period are not
-        data="romrawinjp/multi30k", sender_data=[IWSLT.format("fr")], receiver_data=[IWSLT.format("de")],
-        d_model=256, layers=2, vocab_size=25_000, max_length=80, response_length=60, pretrain_updates=50_000,
-        pretrain_batch_size=256, pretrain_learning_rate=5e-4, updates=10_000, batch_size=256,
-        mini_batch_size=64, num_ppo_epochs=2, cliprange=0.1, learning_rate=1e-4, value_learning_rate=1e-3,
-        receiver_learning_rate=1e-3, entropy_coef=0.01, vf_coef=0.5, ema_decay=0.995, reset_every=1000,
-        eval_every=200, save_every=200, eval_size=1014,
-    ),
-    "imdb/mini": dict(
-        layers=2, response_length=32, min_response_length=32, max_length=60, pretrain_updates=500,
-        pretrain_batch_size=64, reward_updates=500, updates=240, batch_size=16, mini_batch_size=16,
-        num_ppo_epochs=4, lam=1.0, learning_rate=1e-4, value_learning_rate=3e-3, reset_every=40,
-        ema_decay=0.95, kl_coef=0.01, eval_size=200,
-    ),
-    "imdb/paper": dict(
-        model="lvwerra/gpt2-imdb", reward_model="lvwerra/distilbert-imdb", language_model="gpt2",
-        data="stanfordnlp/imdb", validation_data="stanfordnlp/imdb:test", prompt_length=64,
-        response_length=48, min_response_length=48, max_length=512, updates=50, batch_size=27,
-        mini_batch_size=1, num_ppo_epochs=5, learning_rate=1e-6, gamma=0.99, vf_coef=0.5, max_grad_norm=0.5,
-        separate_value_model=True, kl_coef=0.001, kl_target=1.0, kl_reference="ema", ema_decay=0.995,
-        reset_every=17, eval_size=1000, eval_every=5,
-    ),  # an update: 1,280 tokens there, 27 responses of 48 here; a minibatch: 64 tokens there, 48 here
-    "qa/mini": dict(
-        layers=2, max_length=200, prompt_length=200, response_length=72, pretrain_updates=500,
-        pretrain_batch_size=64, pretrain_learning_rate=3e-3, reward_updates=200, updates=120, batch_size=16,
-        mini_batch_size=16, num_ppo_epochs=2, lam=1.0, vf_coef=0.01, cliprange_value=5.0, learning_rate=4e-4,
-        value_learning_rate=3e-3, reset_every=30, ema_decay=0.93, kl_coef=0.1, eval_size=200, eval_every=15,
-    ),
-    "qa/paper": dict(
-        model="huggyllama/llama-7b", dtype="bfloat16", lora_r=16, lora_dropout=0.05,
-        sft_data=f"{STACK}/finetune/*.parquet:train[:200000]", data=f"{STACK}/rl/*.parquet:train[:100000]",
-        preference_data=f"{STACK}/reward/*.parquet:train[:100000]",
-        validation_data=f"{STACK}/evaluation/*.parquet:train[:4000]", programs="openai/openai_humaneval:test",
-        program_samples=200, program_length=256, program_temperature=0.2, prompt_length=512, max_length=1024,
-        response_length=128, min_response_length=32, pretrain_updates=5000, reward_updates=5000,
-        pretrain_batch_size=16, pretrain_learning_rate=1e-5, updates=600, batch_size=128, mini_batch_size=128,
-        gradient_accumulation_steps=8, num_ppo_epochs=4, learning_rate=1.41e-5, early_stop_kl=0.1,
-        kl_coef=0.02, kl_target=6.0, ema_decay=0.995, ema_update="epoch", reset_every=260, eval_size=4000,
-        eval_every=100,
-    ),
-}  # fmt: skip
-KL_COEFS = {"translation/mini": 0.045, "translation/paper": 0.05, "qa/mini": 0.3}  # in place of resets
-
-
-def configure(task="custom", method="elastic-reset", preset="mini", **given) -> Config:
-    """Defaults < the task's preset < the method < `given`."""
-    layers = PRESETS.get(f"{task}/{preset}", {}) | METHODS.get(method, {})
-    if method in ("ppo-kl", "ema-reference"):
-        layers["kl_coef"] = KL_COEFS.get(f"{task}/{preset}", layers.get("kl_coef", 0.0))
-    return Config(task, method, preset, **layers | given)
-
-
-# ========================================== 6. Models and data ============================================
-
-
-def processes():
-    """accelerate's view of this run's devices and processes. It has to be told to share work on the CPU."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    atexit.register(accelerator.end_training)  # a process that ends within a group may abort
-    return accelerator
-
-
-def progress(iterable, **settings):
-    from tqdm import tqdm
-
-    return tqdm(iterable, dynamic_ncols=True, disable=os.environ.get("LOCAL_RANK", "0") != "0", **settings)
-
-
-def chunks(*lists, size=128):
-    """Slices, `size` long, of parallel lists."""
-    for i in range(0, len(lists[0]), size):
-        yield tuple(items[i : i + size] for items in lists)
-
-
-def shuffled(items, n, update, seed):
-    """The n items of an update (from 1 on) in an endless run through `items`, each pass in a new order."""
-    places = range((update - 1) * n, update * n)
-    return [items[order(len(items), seed, i // len(items))[i % len(items)]] for i in places]
-
-
-@functools.lru_cache(maxsize=4)
-def order(n, seed, number):
-    return random.Random(f"{seed} {number}").sample(range(n), n)
-
-
-def tokens_of(tokenizer, texts, max_length, device, **settings):
-    """input_ids and attention_mask, (batch, longest text)"""
-    settings = dict(padding=True, truncation=True, max_length=max_length, return_tensors="pt") | settings
-    tokens = tokenizer(texts, **settings)
-    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
-
-
-def target_logprobs(model, tokenizer, sources, targets, max_length):
-    """log p(target token | source, tokens before), 0 where padded, and the mask, (batch, target). A decoder's
-    targets are taken as they are: an EOS must stand in their text."""
-    source = tokens_of(tokenizer, sources, max_length, model.device)
-    settings = dict(padding_side="right", add_special_tokens=model.config.is_encoder_decoder)
-    target = tokens_of(tokenizer, None, max_length, model.device, text_target=targets, **settings)
-    tokens, mask = target["input_ids"], target["attention_mask"].bool()
-    logits, _ = logits_and_states(model, response_inputs(model, **source, responses=tokens), tokens.shape[1])
-    forbid(logits, model)
-    return torch.where(mask, gather_logprobs(logits, tokens), 0.0), mask
-
-
-@torch.no_grad()
-def mean_logprobs(model, tokenizer, sources, targets, max_length):
-    """The mean log-likelihood of a token of each target, a list."""
-    scored = [target_logprobs(model, tokenizer, *texts, max_length) for texts in chunks(sources, targets)]
-    return [mean for logprobs, mask in scored for mean in (logprobs.sum(1) / mask.sum(1)).tolist()]
-
-
-@torch.no_grad()
-def mean_nll(model, tokenizer, sources, targets, max_length):
-    """The targets' mean negative log-likelihood per token (of no token: of a uniform guess)."""
-    parts = chunks(sources, targets, size=32)  # long texts over a large vocabulary take much memory
-    scored = [target_logprobs(model, tokenizer, *texts, max_length) for texts in parts]
-    tokens = sum(mask.sum().item() for _, mask in scored)
-    return -sum(x.sum().item() for x, _ in scored) / tokens if tokens else math.log(len(tokenizer))
-
-
-def class_logits(model, tokenizer, texts, max_length):
-    """(batch, labels)"""
-    how = dict(padding_side="right")
-    parts = [tokens_of(tokenizer, part, max_length, model.device, **how) for (part,) in chunks(texts)]
-    return torch.cat([model(**part).logits.float() for part in parts])
-
-
-def translate(model, tokenizer, texts, max_length, response_length):
-    """Greedy translations, a list of strings."""
-    how = dict(response_length=response_length, temperature=0, max_length=max_length)
-    return [text for (part,) in chunks(texts) for text in respond(model, tokenizer, part, **how)[1]]
-
-
-def bleu(translations, references):
-    """Corpus BLEU, 0 to 100, and sacrebleu's signature: how it was computed."""
-    import sacrebleu
-
-    metric = sacrebleu.BLEU()
-    return metric.corpus_score(translations, [references]).score, str(metric.get_signature())
-
-
-def distinct(texts, n):
-    """Different n-grams, as a share of all in `texts`, lists of words."""
-    grams = [gram for words in texts for gram in zip(*(words[i:] for i in range(n)), strict=False)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def pass_at_k(policy, tokenizer, problems, config):
-    """The unbiased estimate that one of k programs passes, of n of which c do (arXiv 2107.03374)."""
-    n, programs = config.program_samples, []
-    problems = [problem for problem in problems for _ in range(n)]
-    for (part,) in chunks(problems):
-        prompts, how = [p["prompt"] for p in part], (config.program_length, config.program_temperature)
-        _, answers = respond(policy, tokenizer, prompts, *how)
-        programs += [p["program_of"](answer) for p, answer in zip(part, answers, strict=True)]
-    values = zip(run_programs(programs), problems, strict=True)
-    right = [value == problem["expected"] for value, problem in values]
-    counts = [sum(part) for (part,) in chunks(right, size=n)]
-    chances = {k: [1 - math.comb(n - c, k) / math.comb(n, k) for c in counts] for k in (1, 10, 100) if k <= n}
-    return {f"pass_at_{k}": sum(values) / len(values) for k, values in chances.items() if values}
-
-
-def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
-    """The value of the expression that ends each program, a text of Python; None where an exception or a
-    limit ends it. Monty, a Python interpreter in Rust, runs them where no file, network or process is to be
-    reached. It measures and must not be a reward: a solution that sets out to fake its own test can."""
-    import string
-    from concurrent.futures import ThreadPoolExecutor
-
-    from pydantic_monty import ExternalModule, Monty, MontyCrashedError
-
-    limits = dict(max_feed_duration_secs=seconds, max_memory=megabytes << 20, max_recursion_depth=1000)
-    policy = dict(sleep="zero", random_start=dict(seed=0))  # a sleep would not count as time
-    constants = ExternalModule({n: value for n, value in vars(string).items() if isinstance(value, str)})
-    session = dict(limits=limits, os_policy=policy, external_modules=dict(string=constants))
-
-    def value_of(program, again=True):
-        try:
-            with pool.checkout(**session) as interpreter:
-                return interpreter.feed_run(program, print_callback=lambda stream, text: None)
-        except Exception as error:  # the program's, a limit's, or that of a value which Python cannot hold
-            killed = isinstance(error, MontyCrashedError) and not error.timed_out  # as by Ctrl-C
-            return value_of(program, again=False) if again and killed else None
-
-    with Monty() as pool, ThreadPoolExecutor() as threads:
-        return list(threads.map(value_of, programs))
-
-
-# Models are loaded by name, or trained here first and cached.
-CACHE_VERSION = 2  # raise it when pretraining changes what it makes
-
-
-def load_model(role, name, kind, config, longest=0, **settings):
-    """A model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by hub name or
-    from a folder. ValueError if it cannot be used for texts of `longest` tokens."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    settings |= dict(dtype=config.dtype, output_loading_info=True, trust_remote_code=False)
-    try:
-        model, found = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name, **settings)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if hasattr(model, "peft_config"):
-            raise ValueError("it is an adapter; merge it into its model first (merge_and_unload)")
-        if found["missing_keys"] and (longest or kind != "SequenceClassification"):  # else a head to train
-            raise ValueError(f"{min(found['missing_keys'])} is not trained")
-        if max_positions(model) < longest:
-            raise ValueError(f"it has {max_positions(model)} positions; {longest} are needed")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-        if model.can_generate():
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-            set_plain_generation(model)
-    except Exception as error:  # there is no end to what may be wrong with files
-        raise ValueError(f"{role} {name!r} cannot be used as a {kind} model: {error}") from error
-    tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"  # where decoders go on
-    for module in model.modules():
-        if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
-            module.requires_grad_(False)
-    return model.to(processes().device).eval(), tokenizer
-
-
-def max_positions(model):
-    """The longest text that a model takes, in tokens; many have no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
-
-
-def set_plain_generation(policy):
-    """Drops a model's beams, forced tokens and penalties, so that it samples from its own distribution."""
-    from transformers import GenerationConfig
-
-    names = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-    tokens = {name: getattr(policy.generation_config, name) for name in names}
-    eos = tokens["eos_token_id"]
-    if eos is None or tokens["pad_token_id"] is None:
-        raise ValueError(f"model.generation_config names {tokens}; expected numbers")
-    tokens["eos_token_id"] = eos if isinstance(eos, list) else [eos]
-    policy.generation_config = GenerationConfig(**tokens)
-
-
-def lora(model, kind, config, seed=0):
-    """The model frozen, with an adapter on its linear layers that begins as the identity."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    task_type = dict(CausalLM="CAUSAL_LM", SequenceClassification="SEQ_CLS")[kind]
-    shape = dict(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=config.lora_dropout)
-    return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
-
-
-def small_shape(family, tokenizer, config, **settings):
-    """The transformers configuration of a small marian, gpt2 or llama."""
-    from transformers import AutoConfig
-
-    layers, wide, pad, eos = config.layers, 2 * config.d_model, tokenizer.pad_token_id, tokenizer.eos_token_id
-    shape = dict(hidden_size=config.d_model, num_hidden_layers=layers, num_attention_heads=4)
-    shape |= dict(max_position_embeddings=max(128, 2 * config.max_length), vocab_size=len(tokenizer))
-    shape |= dict(pad_token_id=pad, eos_token_id=eos, bos_token_id=None)
-    marian = dict(encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=wide, decoder_ffn_dim=wide)
-    marian |= dict(decoder_attention_heads=4, decoder_start_token_id=pad, dropout=0.0, scale_embedding=True)
-    gpt2 = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu")
-    own = dict(marian=marian, gpt2=gpt2, llama=dict(intermediate_size=wide))
-    return AutoConfig.for_model(family, **shape, **own[family], **settings)
-
-
-def pretrained(role, kind, start, texts, examples, loss_of, updates, config, seed=0, **head):
-    """The cached folder of a model fitted to `examples`. `start`: a family of small_shape() to train from
-    scratch, with a tokenizer made of `texts`, or else a model that is trained through an adapter."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    if not examples:
-        raise ValueError(f"there are neither a model nor data to train one for the {role}")
-    names = "d_model layers vocab_size max_length pretrain_batch_size pretrain_learning_rate max_grad_norm "
-    names += "lora_r lora_dropout dtype"
-    changed = [p.stat().st_mtime for p in sorted(Path(start).glob("*"))]  # of a model in a folder
-    made_of = [CACHE_VERSION, torch.__version__, role, kind, start, changed, texts, examples, updates, seed]
-    made_of += [getattr(config, name) for name in names.split()]
-    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
-    folder = cache / f"{role.replace(' ', '-')}-{digest}"
-    with processes().main_process_first():
-        if not folder.exists():
-            torch.manual_seed(seed)
-            if start in ("marian", "gpt2", "llama"):
-                tokenizer = train_tokenizer(texts, config, append_eos=start == "marian")
-                shape = small_shape(start, tokenizer, config, **head)
-                model = getattr(transformers, f"AutoModelFor{kind}").from_config(shape)
-            else:
-                model, tokenizer = load_model(role, start, kind, config, **head)
-                model = lora(model, kind, config)
-            fit(model, tokenizer, examples, loss_of, updates, config, f"training the {role}")
-            save_model(getattr(model, "merge_and_unload", lambda: model)(), tokenizer, folder)
-    return str(folder)
-
-
-def fit(model, tokenizer, examples, loss_of, updates, config, what):
-    """Minimises `loss_of` on batches of examples: AdamW, a tenth of warm-up, then a linear decay."""
-    from transformers import get_linear_schedule_with_warmup
-
-    if model.can_generate():
-        set_plain_generation(model)
-    model.to(processes().device).train()
-    optimizer = adamw((model, config.pretrain_learning_rate))
-    schedule = get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
-    batches = batches_of_like_length(examples, config.pretrain_batch_size, updates)
-    for columns in progress(batches, total=updates, desc=what):
-        loss_of(model, tokenizer, *columns, config.max_length).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-
-def batches_of_like_length(examples, n, updates, pool=32):
-    """The columns of `updates` batches of n examples. A pool of batches is sorted by the length of the last
-    column before it is cut into batches, so that little is padded; then these come in a random order."""
-    for update in range(updates):
-        if update % pool == 0:
-            near = shuffled(examples, pool * n, update // pool + 1, seed=0)
-            near.sort(key=lambda example: len(example[-1]))
-            starts = random.Random(update).sample(range(0, pool * n, n), pool)
-        start = starts[update % pool]
-        yield list(zip(*near[start : start + n], strict=True))
-
-
-def likelihood_loss(model, tokenizer, sources, targets, max_length):
-    logprobs, mask = target_logprobs(model, tokenizer, sources, targets, max_length)
-    return -logprobs.sum() / mask.sum()
-
-
-def answer_loss(model, tokenizer, questions, answers, max_length):
-    """Maximum likelihood of answers and their ends."""
-    ended = [answer + tokenizer.eos_token for answer in answers]
-    return likelihood_loss(model, tokenizer, questions, ended, max_length)
-
-
-def label_loss(model, tokenizer, labels, texts, max_length):
-    logits = class_logits(model, tokenizer, texts, max_length)
-    return F.cross_entropy(logits, torch.tensor(labels, device=logits.device))
-
-
-def preference_loss(model, tokenizer, better, worse, max_length):
-    """- log sigmoid(score of the better answer - score of the worse one) (arXiv 2203.02155, equation 1)"""
-    ended = [text + tokenizer.eos_token for text in better + worse]
-    better, worse = class_logits(model, tokenizer, ended, max_length)[:, 0].chunk(2)
-    return -F.logsigmoid(better - worse).mean()
-
-
-def train_tokenizer(texts, config, append_eos=True):
-    """A BPE tokenizer of `vocab_size` tokens or, with 0, one whose tokens are the words of `texts`. Without
-    `append_eos` it is a decoder's: words bring the space before them, so that texts can be put together."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = dict(special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
-    if config.vocab_size:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
-        letters = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, initial_alphabet=letters, **special)
-    else:
-        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        trainer = trainers.WordLevelTrainer(vocab_size=10**7, **special)
-        if not append_eos:
-            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n *| ?[^ \n]+"), "isolated")
-            tokenizer.decoder = decoders.Fuse()
-    tokenizer.train_from_iterator(texts, trainer)
-    if append_eos:
-        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    names["padding_side"] = "right" if append_eos else "left"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=config.max_length, **names)
-
-
-# Data are rows of a hub dataset or of a local folder, or one of the small worlds of section 7.
-ASKED = "Question: {}\n\nAnswer: "  # the paper's
+# ---- what tasks share: rows of data, in a random order
 
 
 def name_and_split(spec):
-    """ "DIR:train[:9000]" -> "DIR", "train[:9000]", which may be None"""
+    """Divide "DIR:train[:9000]" into "DIR" and "train[:9000]", which may be None."""
     return re.fullmatch(r"(.*?)(?::(\w+(?:\[[^\]]*\])?))?", spec, re.DOTALL).groups()
 
 
 def load_rows(spec, columns):
-    """Rows {column: text} of a hub dataset or a local folder of JSONL, CSV or Parquet, "DIR" or
-    "DIR:train[:9000]"; `translation: {..}` is unpacked."""
+    """Load rows {column: text} of a hub dataset or of a local folder of JSONL, CSV or Parquet,
+    "DIR" or "DIR:train[:9000]". A column `translation: {..}` is unpacked. Raises ValueError for
+    what cannot be read, and for a row that lacks one of `columns`, names divided by blanks."""
     from datasets import disable_progress_bar, load_dataset, logging
 
-    name, split = name_and_split(spec)
-    source = dict(path="parquet", data_files=name) if name.startswith("hf://") else dict(path=name)
     disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    name, split = name_and_split(spec)
+    source = dict(path="parquet", data_files=name) if name.startswith("hf://") else dict(path=name)
     try:
-        rows = load_dataset(**source, split=split or "train").to_list() or [{}]  # which has no column
-        kinds = {file.suffix for file in Path(name).rglob("*")} & {".csv", ".jsonl", ".parquet"}
-        if len(kinds) > 1 or ".csv" in kinds and "__index_level_0__" in rows[0]:
-            raise ValueError(f"it holds {' and '.join(sorted(kinds))} files, or columns without a name")
+        rows = load_dataset(**source, split=split or "train").to_list() or [{}]  # without any column
+        suffixes = {file.suffix for file in Path(name).rglob("*")}
+        kinds = sorted(suffixes & {".csv", ".jsonl", ".parquet"})
+        if len(kinds) > 1 or (".csv" in kinds and "__index_level_0__" in rows[0]):
+            raise ValueError(f"it holds {' and '.join(kinds)} files, or columns without a name")
     except Exception as error:  # there is no end to what may be wrong with files
         why = str(error.__cause__ or error) or "it holds no rows"
         raise ValueError(f"data {spec} cannot be read: {why}") from error
     rows = [row["translation"] if isinstance(row.get("translation"), dict) else row for row in rows]
-    for (number, row), column in itertools.product(enumerate(rows, 1), columns.split()):
-        value, expected = row.get(column), "0 or 1" if column == "label" else "text"
-        if not (str(value) in ("0", "1") if column == "label" else isinstance(value, str) and value.strip()):
-            found = f"data {spec}, row {number}: {column} is {value!r:.40}"
-            raise ValueError(f"{found}; expected {expected}; the columns are {', '.join(row)}")
+    for number, row in enumerate(rows, 1):
+        for column in columns.split():
+            check_cell(row, column, f"data {spec}, row {number}")
     return rows
 
 
-def mixed(rows):
-    """The rows in another order, always the same: some come sorted by label."""
-    return random.Random(0).sample(rows, len(rows))
+def check_cell(row, column, place):
+    """Raise ValueError unless the row has a text in this column or, in `label`, 0 or 1."""
+    value = row.get(column)
+    expected = "text"
+    fits = isinstance(value, str) and value.strip()
+    if column == "label":
+        expected = "0 or 1"
+        fits = str(value) in ("0", "1")
+    if not fits:
+        columns = ", ".join(row)
+        raise ValueError(
+            f"{place}: {column} is {value!r:.40}; expected {expected}; the columns are {columns}"
+        )
 
 
 def train_and_held_out(config, columns):
-    """The rows of data, and those to evaluate on: of validation_data or of data's split `validation`."""
-    beside = name_and_split(config.data)[0] + ":validation"
-    return load_rows(config.data, columns), load_rows(config.validation_data or beside, columns)
+    """Load the rows of --data, and those to evaluate on: of --validation_data or of the data's own
+    split."""
+    held_out = config.validation_data or f"{name_and_split(config.data)[0]}:validation"
+    return load_rows(config.data, columns), load_rows(held_out, columns)
 
 
-def translation_data(config):
-    """train, validation: rows of fr, en, de. sender, receiver: (source, target) pairs; texts: theirs."""
-    if not config.data:
-        return toy_translations()
-    train, validation = train_and_held_out(config, "fr en de")
-    sender = [(row["fr"], row["en"]) for spec in config.sender_data for row in load_rows(spec, "fr en")]
-    receiver = [(row["en"], row["de"]) for spec in config.receiver_data for row in load_rows(spec, "en de")]
-    texts = [text for pair in sender + receiver for text in pair]
-    return dict(train=train, validation=validation, sender=sender, receiver=receiver, texts=texts)
+def shuffled(items, n, update, seed):
+    """Return the n items of an update, which counts from 1: `items` are gone through again and
+    again, each time in a new order."""
+    chosen = []
+    for place in range((update - 1) * n, update * n):
+        number, i = divmod(place, len(items))  # the pass through the items, and the place in it
+        order = random_order(len(items), seed, number)
+        chosen.append(items[order[i]])
+    return chosen
 
 
-def review_data(config):
-    """train, validation: (text, label) pairs. gold(prompts, responses): metrics of the embedded corpus."""
-    if not config.data:
-        return toy_reviews()
-    parts = train_and_held_out(config, "text label")
-    train, validation = (mixed([(row["text"].strip(), int(row["label"])) for row in rows]) for rows in parts)
-    return dict(train=train, validation=validation, gold=lambda prompts, responses: {})
+@functools.lru_cache(maxsize=4)
+def random_order(n, seed, number):
+    return random.Random(f"{seed} {number}").sample(range(n), n)
 
 
-def qa_data(config):
-    """sft, validation: (question, human answer) pairs. preferences, held_out: pairs of texts, the better one
-    first. problems and, with prompts unlike RL's, elsewhere: a prompt, program_of(response), and the value
-    that run_programs() shall give it."""
-    if not config.data:
-        return toy_qa()
-    train, validation = train_and_held_out(config, "question response_j")
-    sft = load_rows(config.sft_data, "question response_j") if config.sft_data else train
-    preferences = load_rows(config.preference_data or config.data, "question response_j response_k")
-    problems = load_rows(config.programs, "prompt test entry_point") if config.programs else []
-    for row in itertools.chain(train, validation, sft, preferences):
-        row["prompt"] = ASKED.format(row["question"])
-    pairs = mixed([[row["prompt"] + row[f"response_{r}"] for r in "jk"] for row in preferences])
-    sft, validation = (mixed([(r["prompt"], r["response_j"]) for r in rows]) for rows in (sft, validation))
-    held_out, questions = len(pairs) // 20 or 1, dict.fromkeys(row["prompt"] for row in train)
-    return dict(
-        sft=sft, preferences=pairs[held_out:], held_out=pairs[:held_out], validation=validation,
-        questions=list(questions), texts=[t for pair in sft + pairs for t in pair],
-        problems=list(map(humaneval, problems)), elsewhere=[],
-    )  # fmt: skip
-
-
-def humaneval(row):
-    """A problem of HumanEval's. A completion ends where the function does."""
-
-    def program_of(response):
-        body = re.split(r"\n(?=[^\s])", response)[0]
-        return f"{row['prompt']}{body}\n{row['test']}\ncheck({row['entry_point']})\n'passed'"
-
-    return dict(prompt=row["prompt"], program_of=program_of, expected="passed")
-
-
-# ========================================= 7. Three small worlds ==========================================
+def mixed(rows):
+    """Return the rows in another order, always the same: some data come sorted by label."""
+    return random.Random(0).sample(rows, len(rows))
 
 
 @functools.cache
-def table(text, cell=None):
-    """The rows of a text, divided by line ends or slashes, as lists of cells, divided by `cell` or blanks."""
-    return [[c.strip() for c in row.split(cell)] for row in re.split(r"\n| / ", text)]
+def table(text, separator=None):
+    """Return the rows of a text, divided by line ends or slashes, as lists of cells, divided by
+    `separator` or blanks."""
+    return [[c.strip() for c in row.split(separator)] for row in re.split(r"\n| / ", text)]
 
 
-# The embedded game. English has no gender where French and German mark it, knows synonyms and puts the time
-# first or last. The sender learns from a noisy corpus, as if mined from the web: every second word of a class
-# comes out as its neighbour more often than not. The receiver's corpus is clean. So the sender has something
-# to gain, the right words, and something to lose: English. Sentences of the other words alone, which the
-# start knows, measure that loss. An entry: English (synonyms), French, German.
+# ---- the game
+
+
+class TranslationGame:
+    """Play the game FR -> EN -> DE (Lee et al. 2019; the paper's section 4). The sender, our
+    policy, translates French into English. The receiver translates that into German. The sender's
+    reward is the receiver's mean log-likelihood per token of the German reference, and the receiver
+    learns that reference. Nobody checks the English between them, so it drifts.
+
+    `drift` is how improbable human English is for the sender: its negative log-likelihood per
+    token. In the embedded game it is measured on sentences whose words the start already translates
+    correctly, so it can only get worse."""
+
+    preset = dict(
+        updates=400, batch_size=16, mini_batch_size=16, eval_every=50,
+        reset_every=50, ema_decay=0.96, kl_coef=0.03,
+    )  # fmt: skip
+    preset_without_resets = dict(kl_coef=0.045)  # the best coefficient of a penalty alone
+
+    def __init__(self, config: Config):
+        self.config = config
+        data = translation_data(config)
+        self.sender_pairs = data["sender"]
+        self.validation = data["validation"][: config.eval_size]
+        self.known = data.get("known", data["validation"])[: config.eval_size]
+        self.validation_prompts = [row["fr"] for row in self.validation]
+        self.german = {}  # the reference of each French sentence, the first if there are several
+        for row in data["train"]:
+            self.german.setdefault(row["fr"], row["de"])
+        self.french = list(self.german)
+        self.policy, self.tokenizer = self.translator("sender", config.model, data)
+        self.receiver, self.receiver_tokenizer = self.translator("receiver", config.receiver_model, data)
+        self.accelerator = processes()
+        optimizer = adamw((self.receiver, config.receiver_learning_rate))
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.trained = dict(receiver=self.receiver, receiver_optimizer=self.optimizer)
+        self.saved_models = dict(receiver=(self.receiver, self.receiver_tokenizer))
+        self.footnote = f"BLEU: {bleu(['a'], ['a'])[1]}"
+
+    def translator(self, role, name, data):
+        """Return the sender or the receiver with its tokenizer, loaded by name or trained on the
+        pairs of its role."""
+        config = self.config
+        if not name:
+            name = pretrained(
+                role, "Seq2SeqLM", data[role], likelihood_loss, family="marian", texts=data["texts"],
+                updates=config.pretrain_updates, config=config,
+            )  # fmt: skip
+        return load_model(role, name, "Seq2SeqLM", config, longest=config.max_length)
+
+    def prompts(self, n, update):
+        return shuffled(self.french, n, update, self.config.seed)
+
+    def reward(self, prompts, responses):
+        german = [self.german[french] for french in prompts]
+        longest = self.config.max_length
+        return mean_logprobs(self.receiver, self.receiver_tokenizer, responses, german, longest)
+
+    def learn(self, prompts, responses):
+        """Take one step of the receiver towards the German reference of this batch's English."""
+        german = [self.german[french] for french in prompts]
+        longest = self.config.max_length
+        logprobs, mask = target_logprobs(
+            self.receiver, self.receiver_tokenizer, responses, german, longest
+        )  # (batch, target) each
+        tokens = self.accelerator.reduce(mask.sum().float(), "mean")  # the processes' mean
+        loss = -logprobs.sum() / tokens
+        self.accelerator.backward(loss)
+        stats = optimizer_step(self.receiver, self.optimizer, self.config, self.accelerator)
+        return dict(receiver_loss=loss.item(), receiver_gradient=stats["gradient"])
+
+    def evaluate(self, responses):
+        """Measure greedy translations. Only `kl` is about the sampled responses."""
+        longest = self.config.max_length
+        length = self.config.response_length
+        french = self.validation_prompts
+        human_english = [row["en"] for row in self.validation]
+        human_german = [row["de"] for row in self.validation]
+        english = translate(self.policy, self.tokenizer, french, longest, response_length=length)
+        german = translate(self.receiver, self.receiver_tokenizer, english, longest, response_length=longest)
+        rewards = mean_logprobs(self.receiver, self.receiver_tokenizer, english, human_german, longest)
+        known_french = [row["fr"] for row in self.known]
+        known_english = [row["en"] for row in self.known]
+        samples = {"French": french, "human English": human_english, "human German": human_german}
+        return dict(
+            reward=sum(rewards) / len(rewards),
+            drift=mean_nll(self.policy, self.tokenizer, known_french, known_english, longest),
+            bleu_de=bleu(german, human_german)[0],
+            bleu_en=bleu(english, human_english)[0],
+            samples=samples | {"English": english, "German": german},
+        )
+
+
+def translate(model, tokenizer, texts, max_length, *, response_length):
+    """Translate greedily. Returns a list of texts."""
+    translations = []
+    for (some_texts,) in chunks(texts):
+        _, responses = respond(
+            model,
+            tokenizer,
+            some_texts,
+            response_length=response_length,
+            temperature=0,
+            max_length=max_length,
+        )
+        translations += responses
+    return translations
+
+
+def bleu(translations, references):
+    """Compute corpus BLEU, 0 to 100, and sacrebleu's signature, which says how it was computed."""
+    import sacrebleu
+
+    metric = sacrebleu.BLEU()
+    score = metric.corpus_score(translations, [references]).score
+    return score, str(metric.get_signature())
+
+
+def translation_data(config):
+    """Return train, validation: rows {fr, en, de}. sender, receiver: (source, target) pairs for
+    pretraining. texts: all texts of these pairs, for a tokenizer."""
+    if not config.data:
+        return toy_translations()
+    train, validation = train_and_held_out(config, "fr en de")
+    sender = []
+    for spec in config.sender_data:
+        sender += [(row["fr"], row["en"]) for row in load_rows(spec, "fr en")]
+    receiver = []
+    for spec in config.receiver_data:
+        receiver += [(row["en"], row["de"]) for row in load_rows(spec, "en de")]
+    texts = list(itertools.chain.from_iterable(sender + receiver))
+    return dict(train=train, validation=validation, sender=sender, receiver=receiver, texts=texts)
+
+
+# ---- its small world
+#
+# English has no gender where French and German mark it, knows synonyms and puts the time first or
+# last. The sender learns from a noisy corpus, as if mined from the web: each use of a word at an
+# even place of its list (the second, the fourth ...) is wrong with probability 0.6, being the
+# English of the entry before it. The receiver's corpus is clean. So the sender has something to
+# gain, the right words, and something to lose, English. Sentences of words that are never wrong,
+# which the start knows, measure that loss. An entry: English (synonyms), French, German.
+
 PEOPLE = """neighbor voisin voisine Nachbar Nachbarin / teacher professeur professeure Lehrer Lehrerin
     singer chanteur chanteuse Sänger Sängerin / dancer danseur danseuse Tänzer Tänzerin
     farmer fermier fermière Bauer Bäuerin / baker boulanger boulangère Bäcker Bäckerin
@@ -1447,51 +1392,213 @@ PLACES = """in_the_garden dans_le_jardin im_Garten / on_the_street dans_la_rue a
     at_the_market au_marché auf_dem_Markt / near_the_river près_de_la_rivière am_Fluss
     at_home à_la_maison zu_Hause / _ _ _"""
 TIMES = """today|now aujourd'hui heute / again|anew encore wieder / often|frequently souvent oft / _ _ _"""
+GERMAN_A = dict(m="einen", f="eine", n="ein")  # "a", in the accusative
+GERMAN_ENDING = dict(m="en", f="e", n="es")  # of a colour behind it
 
 
 def toy_translations(seed=0):
-    """translation_data() of the embedded game; no sentence stands in two of its parts. `known`: sentences
-    made of the words that the sender's corpus has right."""
-    rng, rows, data = random.Random(seed), {}, {}
-    for name, size in dict(train=20_000, validation=512, receiver=20_000, sender=20_000, known=512).items():
-        before = len(rows)
-        while len(rows) < before + size:
-            row = toy_sentence(rng, 0.6 if name == "sender" else 0.0, every=2 if name == "known" else 1)
-            rows.setdefault(row["fr"], row)
-        data[name] = list(rows.values())[before:]
-    texts = [text for row in data["receiver"] for text in row.values()]
-    data["sender"] = [(row["fr"], row["en"]) for row in data["sender"]]
-    data["receiver"] = [(row["en"], row["de"]) for row in data["receiver"]]
-    return data | dict(texts=texts)
+    """Make translation_data() of the embedded game; no sentence stands in two of its parts.
+    `known`: sentences made of the words that the sender's corpus has right."""
+    rng = random.Random(seed)
+    rows = {}  # by French sentence
+    train = new_sentences(rng, rows, 20_000)
+    validation = new_sentences(rng, rows, 512)
+    receiver = new_sentences(rng, rows, 20_000)
+    sender = new_sentences(rng, rows, 20_000, noise=0.6)
+    known = new_sentences(rng, rows, 512, every=2)
+    return dict(
+        train=train,
+        validation=validation,
+        receiver=[(row["en"], row["de"]) for row in receiver],
+        sender=[(row["fr"], row["en"]) for row in sender],
+        known=known,
+        texts=[text for row in receiver for text in row.values()],
+    )
+
+
+def new_sentences(rng, rows, size, noise=0.0, every=1):
+    """Add `size` sentences to `rows`, {French: row}, and return their rows."""
+    before = len(rows)
+    while len(rows) < before + size:
+        row = toy_sentence(rng, noise, every)
+        rows.setdefault(row["fr"], row)
+    return list(rows.values())[before:]
 
 
 def toy_sentence(rng, noise, every=1):
-    """A row: as "la petite voisine voit un chien noir", "die kleine Nachbarin sieht einen schwarzen Hund". It
-    is made of every word of the tables or, with 2, of every second, those that noise leaves alone."""
+    """Make a row, as "la petite voisine voit un chien noir", "die kleine Nachbarin sieht einen
+    schwarzen Hund". `every` is 1 for all words of the tables, 2 for those that noise leaves
+    alone."""
 
     def draw(words, noise=0.0):
+        """Draw an entry of a table, and the English said for it, which may be that of the entry
+        before."""
         entries = table(words)
         i = rng.randrange(0, len(entries), every)
-        said = entries[i - 1] if i % 2 and rng.random() < noise else entries[i]
-        return entries[i], rng.choice(said[0].split("|"))
+        wrong = i % 2 == 1 and rng.random() < noise  # with every=2 no i is odd
+        synonyms = entries[i - 1][0] if wrong else entries[i][0]
+        return entries[i], rng.choice(synonyms.split("|"))
 
-    (who, en_who), (how, en_how), (does, en_does) = (draw(w, noise) for w in (PEOPLE, QUALITIES, ACTIONS))
-    (what, en_what), (color, en_color) = draw(THINGS, noise), draw(COLORS_OF_THINGS, noise)
-    (place, en_place), (when, en_when) = draw(PLACES), draw(TIMES)
-    she, fr, de = rng.random() < 0.5, what[2], what[4]  # genders of the person and of the thing
-    core = [rng.choice(["the", "this"]), en_how, en_who, en_does, "a", en_color, en_what, en_place]
-    english = core + [en_when] if rng.random() < 0.5 else [en_when] + core
-    french = ["la" if she else "le", how[1 + she], who[1 + she], does[1], "une" if fr == "f" else "un"]
-    french += [what[1], color[1 + (fr == "f")], place[1], when[1]]
-    german = ["die" if she else "der", how[3] + "e", who[3 + she], does[2], when[2]]
-    german += [dict(m="einen", f="eine", n="ein")[de], color[3] + dict(m="en", f="e", n="es")[de]]
-    row = dict(fr=french, en=english, de=[*german, what[3], place[2]])
-    return {language: " ".join(" ".join(words).replace("_", " ").split()) for language, words in row.items()}
+    (_, person_fr, person_fr_f, person_de, person_de_f), person = draw(PEOPLE, noise)
+    (_, quality_fr, quality_fr_f, quality_de), quality = draw(QUALITIES, noise)
+    (_, action_fr, action_de), action = draw(ACTIONS, noise)
+    (_, thing_fr, thing_gender_fr, thing_de, thing_gender_de), thing = draw(THINGS, noise)
+    (_, color_fr, color_fr_f, color_de), color = draw(COLORS_OF_THINGS, noise)
+    (_, place_fr, place_de), place = draw(PLACES)
+    (_, moment_fr, moment_de), moment = draw(TIMES)
+    french = ["le", quality_fr, person_fr, action_fr]
+    german = ["der", quality_de + "e", person_de, action_de]
+    if rng.random() < 0.5:
+        french = ["la", quality_fr_f, person_fr_f, action_fr]
+        german = ["die", quality_de + "e", person_de_f, action_de]
+    the = rng.choice(["the", "this"])
+    english = [the, quality, person, action, "a", color, thing, place]
+    english = english + [moment] if rng.random() < 0.5 else [moment] + english
+    french += ["une", thing_fr, color_fr_f] if thing_gender_fr == "f" else ["un", thing_fr, color_fr]
+    french += [place_fr, moment_fr]
+    german += [moment_de, GERMAN_A[thing_gender_de], color_de + GERMAN_ENDING[thing_gender_de]]
+    german += [thing_de, place_de]
+    return dict(fr=sentence(french), en=sentence(english), de=sentence(german))
 
 
-# The embedded reviews. Five kinds of sentences praise (+), blame (-) or neither (0), which decides on the
-# words where * is; half of a review's agree with its label. Since the grammar is known, so is the truth of a
-# continuation: what parses, what it praises.
+def sentence(words):
+    """Join the words; _ is a blank, or nothing if it stands alone."""
+    return " ".join(" ".join(words).replace("_", " ").split())
+
+
+# ======================================== 7. Film reviews =========================================
+
+
+class MockSentiment:
+    """Continue a film review so that a classifier finds it positive (the paper's section 5; RL4LMs'
+    IMDB task). `drift` is the perplexity of the continuations under another language model."""
+
+    preset = dict(
+        updates=240, batch_size=16, mini_batch_size=16, num_ppo_epochs=4, eval_size=200,
+        reset_every=40, ema_decay=0.95, kl_coef=0.01,
+        learning_rate=1e-4, value_learning_rate=3e-3, lam=1.0,
+        response_length=32, min_response_length=32, max_length=60,
+        layers=2, pretrain_updates=500, pretrain_batch_size=64, reward_updates=500,
+    )  # fmt: skip
+
+    def __init__(self, config: Config):
+        self.config = config
+        data = review_data(config)
+        reviews = data["train"]
+        held_out = data["validation"][: config.eval_size]
+        self.gold = data["gold"]
+        self.longest = max(config.max_length, config.prompt_length + config.response_length)
+        self.policy, self.tokenizer = self.writer("policy", config.model, reviews)
+        judge = self.writer("language model", config.language_model, reviews, seed=1)
+        self.judge, self.judge_tokenizer = judge
+        self.classifier, self.classifier_tokenizer = self.trained_classifier(reviews)
+        self.beginnings = self.cut(reviews)
+        self.validation_prompts = self.cut(held_out)
+        scores = self.positive([text for text, _ in held_out])
+        right = sum((score > 0.5) == label for score, (_, label) in zip(scores, held_out, strict=True))
+        self.footnote = f"held out: the classifier's accuracy {right / len(held_out):.3f}"
+
+    def writer(self, role, name, reviews, seed=0):
+        """Return a language model and its tokenizer, loaded by name or trained to continue first
+        words."""
+        config = self.config
+        texts = [text for text, _ in reviews]
+        pairs = []
+        for text in texts:
+            first, _, rest = text.partition(" ")
+            if rest:
+                pairs.append((first, " " + rest))
+        if not name:
+            name = pretrained(
+                role, "CausalLM", pairs, likelihood_loss, family="gpt2", texts=texts, seed=seed,
+                updates=config.pretrain_updates, config=config,
+            )  # fmt: skip
+        return load_model(role, name, "CausalLM", config, longest=2 * config.max_length)
+
+    def trained_classifier(self, reviews):
+        """Return the classifier that pays and its tokenizer, loaded by name or trained on
+        labels."""
+        config = self.config
+        kind = "SequenceClassification"
+        pairs = [(label, text) for text, label in reviews]
+        texts = [text for text, _ in reviews]
+        name = config.reward_model
+        if not name:
+            name = pretrained(
+                "classifier", kind, pairs, label_loss, family="gpt2", texts=texts,
+                updates=config.reward_updates, config=config,
+            )  # fmt: skip
+        classifier, tokenizer = load_model("classifier", name, kind, config, longest=self.longest)
+        if classifier.config.num_labels != 2:
+            raise ValueError(f"reward_model {name!r} must have 2 labels, the second one positive")
+        return classifier, tokenizer
+
+    def cut(self, reviews):
+        """Return the first prompt_length tokens of each review, as text."""
+        texts = [text for text, _ in reviews]
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.config.prompt_length)
+        beginnings = self.tokenizer.batch_decode(tokens["input_ids"], skip_special_tokens=True)
+        return [beginning for beginning in beginnings if beginning.strip()]
+
+    def prompts(self, n, update):
+        return shuffled(self.beginnings, n, update, self.config.seed)
+
+    def reward(self, prompts, responses):
+        return self.positive(joined(prompts, responses))
+
+    @torch.no_grad()
+    def positive(self, texts) -> list[float]:
+        """Return the classifier's probability that each text is positive."""
+        logits = class_logits(self.classifier, self.classifier_tokenizer, texts, self.longest)
+        return logits.softmax(-1)[:, 1].tolist()
+
+    def evaluate(self, responses):
+        prompts = self.validation_prompts
+        rewards = self.reward(prompts, responses)
+        nll = mean_nll(self.judge, self.judge_tokenizer, prompts, responses, self.config.max_length)
+        words = [response.split() for response in responses]
+        metrics = dict(
+            reward=sum(rewards) / len(rewards),
+            drift=math.exp(nll),
+            distinct_1=distinct(words, 1),
+            distinct_2=distinct(words, 2),
+            words=sum(map(len, words)) / len(words),
+        )
+        metrics.update(self.gold(prompts, responses))
+        return metrics | dict(samples=dict(prompt=prompts, continuation=responses))
+
+
+def joined(prompts, responses):
+    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def distinct(texts, n):
+    """Count different n-grams, as a share of all in `texts`, lists of words."""
+    grams = []
+    for words in texts:
+        grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def review_data(config):
+    """Return train, validation: (text, label) pairs. gold(prompts, responses): metrics of the
+    embedded corpus."""
+    if not config.data:
+        return toy_reviews()
+    train, validation = train_and_held_out(config, "text label")
+    return dict(train=labelled(train), validation=labelled(validation), gold=lambda prompts, responses: {})
+
+
+def labelled(rows):
+    return mixed([(row["text"].strip(), int(row["label"])) for row in rows])
+
+
+# ---- its small world
+#
+# Five kinds of sentences praise (+), blame (-) or neither (0), which decides on the words where *
+# is. Half of a review's sentences agree with its label. Since the grammar is known, so is the truth
+# of a continuation: what parses, and what it praises.
+
 REVIEWS = """the NOUN was ADVERB ADJ* . / WHO VERB* the NOUN WHERE . / the NOUN and the NOUN were ADJ* .
     WHO VERB* it because the NOUN felt ADJ* . / what a ADJ* NOUN !"""
 REVIEW_WORDS = {
@@ -1510,59 +1617,284 @@ REVIEW_WORDS = {
 
 
 def toy_reviews(seed=0):
-    """review_data() of the embedded corpus; no review stands in two of its parts."""
-    rng, labels, data = random.Random(seed), {}, {}
-    for name, size in dict(train=20_000, validation=400).items():
-        before = len(labels)
-        while len(labels) < before + size:
-            label = rng.randrange(2)
-            feelings = rng.choices([("-", "+")[label], "0", ("+", "-")[label]], [5, 3, 2], k=7)
-            labels.setdefault(" ".join(toy_opinion(rng, feeling) for feeling in feelings), label)
-        data[name] = list(labels.items())[before:]
-    return data | dict(gold=toy_gold)
+    """Make review_data() of the embedded corpus; no review stands in two of its parts."""
+    rng = random.Random(seed)
+    labels = {}  # by review
+    while len(labels) < 20_400:
+        label = rng.randrange(2)
+        agree, disagree = ("+", "-") if label else ("-", "+")
+        feelings = rng.choices([agree, "0", disagree], [5, 3, 2], k=7)
+        sentences = []
+        for feeling in feelings:
+            [pattern] = rng.choice(table(REVIEWS, "|"))
+            sentences.append(filled(pattern, feeling, rng.choice))
+        labels.setdefault(" ".join(sentences), label)
+    reviews = list(labels.items())
+    return dict(train=reviews[:20_000], validation=reviews[20_000:], gold=toy_gold)
 
 
-def toy_opinion(rng, feeling):
-    """As "my friend enjoyed the plot at home ." """
-    return filled(rng.choice(table(REVIEWS, "|"))[0], feeling, rng.choice)
+def filled(pattern, feeling, choose):
+    """Make a sentence: the pattern with what `choose` makes of the list of words for each of its
+    places."""
 
+    def fill(place):
+        return choose(REVIEW_WORDS[place[0]].split())
 
-def filled(sentence, feeling, choose):
-    """The sentence with what `choose` makes of the words for each of its places."""
-    places = sentence.replace("*", feeling)
-    text = re.sub("[A-Z]+[-+0]?", lambda place: choose(REVIEW_WORDS[place[0]].split()), places)
+    text = re.sub("[A-Z]+[-+0]?", fill, pattern.replace("*", feeling))
     return text.replace("_", " ")
 
 
 @functools.cache
 def grammar(feeling):
-    """What matches the sentences of a feeling."""
-    sentences = "|".join(sentence for [sentence] in table(REVIEWS, "|")).replace(".", "[.]")
-    return re.compile(filled(sentences, feeling, lambda words: f"({'|'.join(words)})"))
+    """Return the regular expression of all sentences of a feeling: each place becomes
+    (word|word|...)."""
+    patterns = "|".join(pattern for [pattern] in table(REVIEWS, "|"))
+    return re.compile(filled(patterns.replace(".", "[.]"), feeling, lambda words: f"({'|'.join(words)})"))
 
 
 def toy_feeling(sentence):
-    """ "+", "-", "0" or, of what the grammar does not generate, None."""
-    return next((feeling for feeling in "+-0" if grammar(feeling).fullmatch(sentence)), None)
+    """Return "+", "-", "0" or, if the grammar does not generate the sentence, None."""
+    for feeling in "+-0":
+        if grammar(feeling).fullmatch(sentence):
+            return feeling
+    return None
 
 
 def toy_gold(prompts, responses):
-    """Of the sentences that continuations complete: the share that parse, and how many more praise than
-    blame, as a share (the true sentiment, -1 to 1)."""
-    found = []
+    """Measure the sentences that continuations complete: the share that parse, and how many more
+    praise than blame, as a share (the true sentiment, -1 to 1)."""
+    feelings = []
     for prompt, response in zip(prompts, responses, strict=True):
-        complete = len(re.findall(r"[.!]", prompt))
+        complete = len(re.findall(r"[.!]", prompt))  # the prompt's own sentences
         sentences = re.findall(r"[^.!]*[.!]", prompt + response)[complete:]
-        found += [toy_feeling(sentence.strip()) for sentence in sentences]
-    counts, n = {feeling: found.count(feeling) for feeling in "+-0"}, max(1, len(found))
-    return dict(parses=sum(counts.values()) / n, sentiment=(counts["+"] - counts["-"]) / n)
+        feelings += [toy_feeling(sentence.strip()) for sentence in sentences]
+    parsed = len(feelings) - feelings.count(None)
+    praise = feelings.count("+") - feelings.count("-")
+    n = max(1, len(feelings))
+    return dict(parses=parsed / n, sentiment=praise / n)
 
 
-# The embedded questions. A function is a base, one or two steps and perhaps an exception; an entry: words,
-# lines of code, a dot for each further indentation. In the preference pairs manners tell more than code
-# does: people like a polite and explained answer, and only half of the answers they like less are wrong. So a
-# reward model learns manners first, and code hardly: that is what PPO finds. A quarter of the texts to learn
-# from ask for a function by a comment and its first line, as no prompt of RL does.
+# ====================================== 8. Python questions =======================================
+
+QUESTION = "Question: {}\n\nAnswer: "  # the paper's
+
+
+class TechnicalQA:
+    """Answer questions about Python as a reward model likes it (the paper's section 6, StackLLaMA).
+    `drift` is the policy's perplexity of human answers. pass@k, of functions that are run, is the
+    alignment tax. In the embedded corpus, `pass_at_1_elsewhere` measures it on prompts that RL
+    never sees."""
+
+    preset = dict(
+        updates=120, batch_size=16, mini_batch_size=16, num_ppo_epochs=2, eval_size=200, eval_every=15,
+        reset_every=30, ema_decay=0.93, kl_coef=0.1,
+        learning_rate=4e-4, value_learning_rate=3e-3, lam=1.0, vf_coef=0.01,
+        cliprange_value=5.0,  # scores lie far from 0, where a value that moves by 0.2 comes too late
+        response_length=72, max_length=200, prompt_length=200, layers=2, reward_updates=200,
+        pretrain_updates=500, pretrain_batch_size=64, pretrain_learning_rate=3e-3,
+    )  # fmt: skip
+    preset_without_resets = dict(kl_coef=0.3)
+
+    def __init__(self, config: Config):
+        self.config = config
+        data = qa_data(config)
+        longest = 2 * config.max_length  # question and answer
+        # Stage 1: supervised fine-tuning on human answers
+        sft_model = config.model
+        if config.pretrain_updates:
+            sft_model = self.fine_tuned(config.model, data)
+        # Stage 2: a reward model of pairs, a new head on stage 1's model or, without --model, from
+        # scratch
+        start = sft_model if config.model else ""
+        reward_model = config.reward_model or self.preference_model(start, data)
+        self.scorer, self.scorer_tokenizer = load_model(
+            "reward model", reward_model, "SequenceClassification", config, longest=longest, num_labels=1
+        )
+        # Stage 3: the policy of RL, an adapter on stage 1's model
+        base, self.tokenizer = load_model("policy", sft_model, "CausalLM", config, longest=longest)
+        self.policy = lora(base, "CausalLM", config, config.seed)
+        self.questions = self.fitting(data["questions"])
+        self.problems = data["problems"][: config.eval_size]
+        self.elsewhere = data["elsewhere"][: config.eval_size]
+        self.human = dict(data["validation"])  # {question: human answer}
+        self.validation_prompts = self.fitting(list(self.human))[: config.eval_size]
+        better = self.scores([better for better, _ in data["held_out"]])
+        worse = self.scores([worse for _, worse in data["held_out"]])
+        right = sum(a > b for a, b in zip(better, worse, strict=True))
+        self.footnote = f"held out: the reward model's accuracy {right / len(better):.3f}"
+
+    def fine_tuned(self, model, data):
+        """Return the folder of stage 1's model, which learns to answer and to end its answers."""
+        end = load_tokenizer(model).eos_token if model else EOS
+        pairs = [(question, answer + end) for question, answer in data["sft"]]
+        return pretrained(
+            "answers", "CausalLM", pairs, likelihood_loss, model=model, family="llama",
+            texts=data["texts"], updates=self.config.pretrain_updates, config=self.config,
+        )  # fmt: skip
+
+    def preference_model(self, model, data):
+        """Return the folder of stage 2's model."""
+        return pretrained(
+            "reward model", "SequenceClassification", data["preferences"], preference_loss, num_labels=1,
+            model=model, family="llama", texts=data["texts"],
+            updates=self.config.reward_updates, config=self.config,
+        )  # fmt: skip
+
+    def fitting(self, questions):
+        """Return the questions of at most prompt_length tokens."""
+        longest = self.config.prompt_length
+        tokens = self.tokenizer(questions)["input_ids"]
+        fitting = [q for q, ids in zip(questions, tokens, strict=True) if len(ids) <= longest]
+        if not fitting:
+            raise ValueError(f"no question has at most prompt_length ({longest}) tokens")
+        return fitting
+
+    def prompts(self, n, update):
+        return shuffled(self.questions, n, update, self.config.seed)
+
+    def reward(self, prompts, responses):
+        return self.scores(joined(prompts, responses))
+
+    @torch.no_grad()
+    def scores(self, texts) -> list[float]:
+        """Return the reward model's scores of texts, question and answer, ended as when it was
+        trained."""
+        # So a response that was cut off is scored as one that has ended.
+        ended = [text + (self.scorer_tokenizer.eos_token or "") for text in texts]
+        longest = 2 * self.config.max_length
+        return class_logits(self.scorer, self.scorer_tokenizer, ended, longest)[:, 0].tolist()
+
+    def evaluate(self, responses):
+        prompts = self.validation_prompts
+        rewards = self.reward(prompts, responses)
+        human = [self.human[prompt] + self.tokenizer.eos_token for prompt in prompts]
+        nll = mean_nll(self.policy, self.tokenizer, prompts, human, self.config.max_length)
+        tax = pass_at_k(self.policy, self.tokenizer, self.problems, self.config)
+        elsewhere = pass_at_k(self.policy, self.tokenizer, self.elsewhere, self.config)
+        metrics = dict(
+            reward=sum(rewards) / len(rewards),
+            drift=math.exp(nll),
+            words=sum(len(response.split()) for response in responses) / len(responses),
+        )
+        metrics.update(tax)
+        metrics.update({f"{name}_elsewhere": value for name, value in elsewhere.items()})
+        return metrics | dict(samples=dict(question=prompts, answer=responses))
+
+
+def qa_data(config):
+    """Return sft, validation: (question, human answer) pairs. preferences, held_out: pairs of
+    texts, question and answer, the better one first; the held-out ones are about other questions.
+    problems and, with prompts unlike RL's, elsewhere: a prompt, program_of(response), and the value
+    that run_programs() shall give it."""
+    if not config.data:
+        return toy_qa()
+    train, validation = train_and_held_out(config, "question response_j")
+    sft = load_rows(config.sft_data, "question response_j") if config.sft_data else train
+    compared = load_rows(config.preference_data or config.data, "question response_j response_k")
+    problems = load_rows(config.programs, "prompt test entry_point") if config.programs else []
+    compared_questions = mixed(list(dict.fromkeys(row["question"] for row in compared)))
+    held_out_questions = set(compared_questions[: len(compared_questions) // 20 or 1])
+    preferences = []
+    held_out = []
+    for row in mixed(compared):
+        question = QUESTION.format(row["question"])
+        pair = (question + row["response_j"], question + row["response_k"])
+        part = held_out if row["question"] in held_out_questions else preferences
+        part.append(pair)
+    sft = answered(sft)
+    return dict(
+        sft=sft,
+        preferences=preferences,
+        held_out=held_out,
+        questions=list(dict.fromkeys(QUESTION.format(row["question"]) for row in train)),
+        validation=answered(validation),
+        texts=list(itertools.chain.from_iterable(sft + preferences + held_out)),
+        problems=[humaneval(row) for row in problems],
+        elsewhere=[],
+    )
+
+
+def answered(rows):
+    return mixed([(QUESTION.format(row["question"]), row["response_j"]) for row in rows])
+
+
+# ---- programs that models write
+
+
+def pass_at_k(policy, tokenizer, problems, config):
+    """Estimate, without bias, the chance that one of k programs passes, of n of which c do (arXiv
+    2107.03374)."""
+    n = config.program_samples
+    attempts = [problem for problem in problems for _ in range(n)]
+    programs = []
+    for (some,) in chunks(attempts):
+        prompts = [problem["prompt"] for problem in some]
+        _, answers = respond(
+            policy, tokenizer, prompts, response_length=config.program_length,
+            temperature=config.program_temperature,
+        )  # fmt: skip
+        for problem, answer in zip(some, answers, strict=True):
+            programs.append(problem["program_of"](answer))
+    values = run_programs(programs)
+    passed = [value == attempt["expected"] for value, attempt in zip(values, attempts, strict=True)]
+    passes = [sum(passed[i : i + n]) for i in range(0, len(passed), n)]  # c of each problem
+    metrics = {}
+    for k in (1, 10, 100):
+        if k <= n and problems:
+            chances = [1 - math.comb(n - c, k) / math.comb(n, k) for c in passes]
+            metrics[f"pass_at_{k}"] = sum(chances) / len(chances)
+    return metrics
+
+
+def run_programs(programs: list[str], seconds=3.0, megabytes=256) -> list:
+    """Return the value of the expression that ends each program, a text of Python, or None where an
+    exception or a limit ends it. Monty, a Python interpreter in Rust, runs them where no file,
+    network or process is to be reached. This is a measurement and must not be a reward: a program
+    that sets out to fake its own test can."""
+    import string
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pydantic_monty import ExternalModule, Monty, MontyCrashedError
+
+    constants = {name: value for name, value in vars(string).items() if isinstance(value, str)}
+    limits = dict(max_feed_duration_secs=seconds, max_memory=megabytes << 20, max_recursion_depth=1000)
+    policy = dict(sleep="zero", random_start=dict(seed=0))  # a sleep would not count as time
+    modules = dict(string=ExternalModule(constants))
+
+    def run(program):
+        with pool.checkout(limits=limits, os_policy=policy, external_modules=modules) as interpreter:
+            return interpreter.feed_run(program, print_callback=lambda stream, text: None)
+
+    def value_of(program, again=True):
+        try:
+            return run(program)
+        except Exception as error:  # the program's, a limit's, or that of a value which Python cannot hold
+            killed = isinstance(error, MontyCrashedError) and not error.timed_out  # as by Ctrl-C
+            return value_of(program, again=False) if killed and again else None
+
+    with Monty() as pool, ThreadPoolExecutor() as threads:
+        return list(threads.map(value_of, programs))
+
+
+def humaneval(row):
+    """Make a problem of a row of HumanEval's. A completion ends where the function does."""
+
+    def program_of(response):
+        body = re.split(r"\n(?=[^\s])", response)[0]
+        return f"{row['prompt']}{body}\n{row['test']}\ncheck({row['entry_point']})\n'passed'"
+
+    return dict(prompt=row["prompt"], program_of=program_of, expected="passed")
+
+
+# ---- its small world
+#
+# A function is a base, one or two steps and perhaps an exception. An entry: words, then lines of
+# code, with a dot for each further indentation. In the preference pairs manners tell more than code
+# does: people like a polite and explained answer, and only half of the answers that they like less
+# are wrong. So a reward model learns manners first, and code hardly: that is what PPO finds. A
+# quarter of the texts to learn from ask for a function by a comment and its first line, as no
+# prompt of RL does.
+
 FUNCTIONS = """the sum of a and b | r = a + b / the difference of a and b | r = a - b
     the product of a and b | r = a * b / the larger of a and b | r = b | if a > b: | .r = a
     the smaller of a and b | r = b | if a < b: | .r = a
@@ -1579,59 +1911,80 @@ EXCEPTIONS = """or zero if a is zero | if a == 0: | .return 0 / or one if b is z
     or a if b is negative | if b < 0: | .return a / or b if a is one | if a == 1: | .return b"""
 ASKING = ["How do I compute", "Write a function for", "What is the code for", "Please give me"]
 INTRODUCTIONS = ["Sure!", "Good question!", "Happy to help!", "Here you go:", "You can do it like this:"]
-EXPLANATIONS = ["It works for all whole numbers.", "Please tell me if it helps.", "It uses plain arithmetic."]
-EXPLANATIONS += ["The result is kept in r.", "I tried it with small numbers."]
+EXPLANATIONS = [
+    "It works for all whole numbers.",
+    "Please tell me if it helps.",
+    "It uses plain arithmetic.",
+    "The result is kept in r.",
+    "I tried it with small numbers.",
+]
 SIGNATURE = "def f(a, b):"
 ARGUMENTS = [(3, 5), (7, 2), (4, 4), (0, 3), (5, 0), (1, 6), (-4, 3), (2, -3), (-2, -5)]
 
 
 def toy_qa(seed=0):
-    """qa_data() of the embedded corpus. The functions of validation and problems are no one else's; the
-    held-out pairs and `elsewhere` are about them."""
+    """Make qa_data() of the embedded corpus. The functions of validation and problems are no one
+    else's; the held-out pairs and `elsewhere` are about them."""
     rng = random.Random(seed)
-    steps = [some for n in (1, 2) for some in itertools.permutations(table(STEPS, "|"), n)]
+    steps = [steps for n in (1, 2) for steps in itertools.permutations(table(STEPS, "|"), n)]
     functions = list(itertools.product(table(FUNCTIONS, "|"), steps, [None, *table(EXCEPTIONS, "|")]))
     functions = rng.sample(functions, len(functions))
-    validation, problems, train = functions[:200], functions[200:400], functions[400:]
-    sft = [(toy_question(rng, f), toy_answer(rng, f)) for f in rng.choices(train, k=12_000)]
-    bare = [(toy_comment(f), toy_code(f).removeprefix(SIGNATURE)) for f in rng.choices(train, k=4_000)]
+    validation = functions[:200]
+    problems = functions[200:400]
+    train = functions[400:]
+    sft = [toy_pair(rng, f) for f in rng.choices(train, k=12_000)]
+    bare = [(toy_comment(f), toy_body(f)) for f in rng.choices(train, k=4_000)]
     preferences = [toy_preference(rng, f) for f in rng.choices(train, k=12_000)]
     return dict(
         sft=sft + bare,
         preferences=preferences,
         held_out=[toy_preference(rng, f) for f in validation + problems],
         questions=[toy_question(rng, f) for f in rng.choices(train, k=8_000)],
-        validation=[(toy_question(rng, f), toy_answer(rng, f)) for f in validation],
+        validation=[toy_pair(rng, f) for f in validation],
         problems=[toy_problem(f, toy_question(rng, f)) for f in problems],
         elsewhere=[toy_problem(f, toy_comment(f), SIGNATURE) for f in problems],
-        texts=[text for pair in sft + bare + preferences for text in pair],
+        texts=list(itertools.chain.from_iterable(sft + bare + preferences)),
     )
 
 
+def toy_pair(rng, function):
+    return toy_question(rng, function), toy_answer(rng, function)
+
+
 def toy_words(function):
-    """As "the sum of a and b, doubled"."""
+    """Describe a function, as "the sum of a and b, doubled"."""
     base, steps, exception = function
     return ", ".join(part[0] for part in (base, *steps, exception) if part)
 
 
 def toy_question(rng, function):
-    return ASKED.format(f"{rng.choice(ASKING)} {toy_words(function)}?")
+    return QUESTION.format(f"{rng.choice(ASKING)} {toy_words(function)}?")
 
 
 def toy_comment(function):
     return f"# {toy_words(function)}\n{SIGNATURE}"
 
 
+def toy_body(function):
+    return toy_code(function).removeprefix(SIGNATURE)
+
+
 def toy_code(function):
-    """Python source, as "def f(a, b):\\n    r = a + b\\n    return r"."""
+    """Write its Python source, as "def f(a, b):\\n    r = a + b\\n    return r"."""
     base, steps, exception = function
-    lines = [line.replace(".", "    ") for part in (exception, base, *steps) if part for line in part[1:]]
-    return "\n    ".join([SIGNATURE, *lines, "return r"])
+    lines = [SIGNATURE]
+    for part in (exception, base, *steps):
+        if part:
+            lines += [line.replace(".", "    ") for line in part[1:]]
+    return "\n    ".join([*lines, "return r"])
 
 
 def toy_answer(rng, function, polite=0.4, explained=0.4):
-    """The function; with these probabilities introduced, and explained in one or two sentences."""
-    lines = [rng.choice(INTRODUCTIONS)] if rng.random() < polite else []
+    """Write the function; with these probabilities introduce it, and explain it in one or two
+    sentences."""
+    lines = []
+    if rng.random() < polite:
+        lines.append(rng.choice(INTRODUCTIONS))
     lines.append(toy_code(function))
     if rng.random() < explained:
         lines.append(" ".join(rng.sample(EXPLANATIONS, rng.choice([1, 1, 2]))))
@@ -1639,218 +1992,574 @@ def toy_answer(rng, function, polite=0.4, explained=0.4):
 
 
 def toy_preference(rng, function):
-    """The preferred answer behind its question, and the other behind the same."""
+    """Return the preferred answer behind its question, and the other behind the same."""
     good = function if rng.random() < 0.9 else toy_mistake(rng, function)
     bad = function if rng.random() < 0.5 else toy_mistake(rng, function)
     question = toy_question(rng, function)
-    return question + toy_answer(rng, good, 0.85, 0.9), question + toy_answer(rng, bad, 0.2, 0.15)
+    better = question + toy_answer(rng, good, polite=0.85, explained=0.9)
+    worse = question + toy_answer(rng, bad, polite=0.2, explained=0.15)
+    return better, worse
 
 
 def toy_mistake(rng, function):
-    """The function with a part forgotten or mistaken for another."""
+    """Return the function with a part forgotten or mistaken for another."""
     base, steps, exception = function
     if exception and rng.random() < 0.25:
         return base, steps, None
     if rng.random() < 0.25:
         return base, steps[1:], exception
-    return rng.choice([entry for entry in table(FUNCTIONS, "|") if entry != base]), steps, exception
+    others = [entry for entry in table(FUNCTIONS, "|") if entry != base]
+    return rng.choice(others), steps, exception
 
 
 def toy_problem(function, prompt, begun=""):
-    """A prompt, and what f returns for ARGUMENTS. An answer's first function counts, from `def` on as long as
-    lines are indented; the prompt may have `begun` it."""
+    """Make a prompt, and what f returns for ARGUMENTS. The first function in the answer is run: the
+    line that starts with `def` and the indented lines after it. `begun` is the part of it that the
+    prompt contains."""
     names = {}
     exec(toy_code(function), names)  # our own text, not a model's
+    calls = f"[f(a, b) for a, b in {ARGUMENTS}]"
 
-    def program_of(answer):  # Monty writes the values as text, which is safe to compare
+    def program_of(answer):
         found = re.search(r"^def .*(?:\n[ \t]+.*)*", begun + answer, re.MULTILINE)
-        return f"{found[0] if found else ''}\nf'{{[f(a, b) for a, b in {ARGUMENTS}]}}'"
+        code = found[0] if found else ""
+        return f"{code}\nstr({calls})"  # Monty gives the values as text, which is safe to compare
 
     expected = str([names["f"](a, b) for a, b in ARGUMENTS])
     return dict(prompt=prompt, program_of=program_of, expected=expected)
 
 
-# ====================================== 8. Files and command line =========================================
+TASKS = {"translation": TranslationGame, "imdb": MockSentiment, "qa": TechnicalQA}
+
+
+# =========================================== 9. Models ============================================
+# Models are loaded by name, or trained here first and cached.
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # of the tokenizers that are made here
+
+
+@functools.cache
+def processes():
+    """Return accelerate's view of the devices and processes. It has to be told to share work on the
+    CPU, and not to divide losses, which ppo_backward() has weighted already."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    steps = GradientAccumulationPlugin(num_steps=1)  # whatever the environment says
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), gradient_accumulation_plugin=steps)
+    atexit.register(accelerator.end_training)  # a process that ends within a group may abort
+    return accelerator
+
+
+def load_model(role, name, kind, config, *, longest=0, head_is_new=False, **settings):
+    """Load a model with the head `kind`, as in transformers' AutoModelFor..., and its tokenizer, by
+    hub name or from a folder. Raises ValueError if it cannot be used for texts of `longest`
+    tokens."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    settings.update(dtype=config.dtype, output_loading_info=True, trust_remote_code=False)
+    try:
+        model, loading = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name, **settings)
+        tokenizer = load_tokenizer(name)
+        check_model(model, loading["missing_keys"], longest, head_is_new)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if model.can_generate():
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+            token_ids(model)
+    except Exception as error:  # there is no end to what may be wrong with files
+        raise ValueError(f"{role} {name!r} cannot be used as a {kind} model: {error}") from error
+    # A decoder goes on behind its prompt, so its padding stands on the left.
+    tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"
+    for module in model.modules():
+        if "Sinusoidal" in type(module).__name__:  # Marian's constants, which loading marks as trainable
+            module.requires_grad_(False)
+    return model.to(processes().device).eval(), tokenizer
+
+
+def load_tokenizer(name):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def check_model(model, missing_keys, longest, head_is_new):
+    """Raise ValueError for a model that was loaded but cannot be used."""
+    if hasattr(model, "peft_config"):
+        raise ValueError("it is an adapter; merge it into its model first (merge_and_unload)")
+    if missing_keys and not head_is_new:
+        raise ValueError(f"{min(missing_keys)} is not trained")
+    if max_positions(model) < longest:
+        raise ValueError(f"it has {max_positions(model)} positions; {longest} are needed")
+
+
+def lora(model, kind, config, seed=0):
+    """Freeze the model and put an adapter on its linear layers that begins as the identity."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    shape = dict(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=config.lora_dropout)
+    task_type = dict(CausalLM="CAUSAL_LM", SequenceClassification="SEQ_CLS")[kind]
+    return get_peft_model(model, LoraConfig(**shape, target_modules="all-linear", task_type=task_type))
+
+
+# ---- training from scratch
+
+
+PRETRAINING_SETTINGS = (
+    "d_model", "layers", "vocab_size", "max_length", "pretrain_batch_size", "pretrain_learning_rate",
+    "max_grad_norm", "lora_r", "lora_dropout", "dtype",
+)  # fmt: skip
+
+
+def pretrained(
+    role, kind, examples, loss_of, *, updates, config, model="", family="", texts=(), seed=0, **head
+):
+    """Fit a model to `examples` by `loss_of`, or find it in the cache, and return its folder.
+
+    `model`: a hub name or folder, which is trained through an adapter. If it is empty, `family`,
+    which is marian, gpt2 or llama, names a small model to train from scratch, with a tokenizer made
+    of `texts`. `kind`: the model's head, as in transformers' AutoModelFor... Raises ValueError
+    without examples."""
+    from filelock import FileLock
+
+    if not examples:
+        raise ValueError(f"there are neither a model nor data to train one for the {role}")
+    made_of = dict(role=role, kind=kind, model=model, family=family, head=head, seed=seed, updates=updates)
+    made_of.update(examples=examples, texts=list(texts), torch=torch.__version__)
+    made_of["settings"] = {name: getattr(config, name) for name in PRETRAINING_SETTINGS}
+    made_of["code"] = code_behind(loss_of, fit, model_to_fit)
+    if model:  # if it is a folder, when its files were written
+        made_of["files"] = [path.stat().st_mtime for path in sorted(Path(model).glob("*"))]
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
+    folder = cache / f"{role.replace(' ', '-')}-{digest}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # one of several processes trains, and the others wait for it
+        if not folder.exists():
+            fitted, tokenizer = model_to_fit(role, kind, config, model, family, texts, seed, head)
+            fit(fitted, tokenizer, examples, loss_of, updates, config, f"training the {role}")
+            if hasattr(fitted, "merge_and_unload"):
+                fitted = fitted.merge_and_unload()
+            save_model(fitted, tokenizer, folder)
+    return str(folder)
+
+
+def code_behind(*functions):
+    """Return what the cache is named by, so that a change of the code trains anew, {name: text}:
+    the source of functions, of the functions that they call in their own file or in this one, of
+    those that these call, and so on, and the constants that all of them read."""
+    found = {}
+    waiting = list(functions)
+    while waiting:
+        function = waiting.pop()
+        try:
+            source = inspect.getsource(function)
+            tree = ast.parse(textwrap.dedent(source))
+            names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        except (OSError, SyntaxError):  # it was typed in, or is a lambda within a longer line
+            source = function.__code__.co_code.hex()
+            names = function.__code__.co_names
+        found[function.__qualname__] = source
+        for name in names:
+            value = function.__globals__.get(name)
+            own = getattr(value, "__module__", None) in (function.__module__, __name__)
+            if inspect.isfunction(value) and own and value.__qualname__ not in found:
+                waiting.append(value)
+            elif isinstance(value, (str, int, float, tuple)):
+                found[name] = repr(value)
+    return found
+
+
+def model_to_fit(role, kind, config, model, family, texts, seed, head):
+    """Return a model and its tokenizer: loaded, with an adapter, or a small one of random
+    weights."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    if model:
+        is_new = kind == "SequenceClassification"  # a language model gets a head that is trained here
+        loaded, tokenizer = load_model(role, model, kind, config, head_is_new=is_new, **head)
+        return lora(loaded, kind, config), tokenizer
+    tokenizer = train_tokenizer(texts, config, append_eos=family == "marian")
+    shape = small_shape(family, tokenizer, config, **head)
+    return getattr(transformers, f"AutoModelFor{kind}").from_config(shape), tokenizer
+
+
+def small_shape(family, tokenizer, config, **head):
+    """Return the transformers configuration of a small marian, gpt2 or llama."""
+    from transformers import AutoConfig
+
+    layers = config.layers
+    width = config.d_model
+    pad = tokenizer.pad_token_id
+    shape = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4)
+    shape.update(vocab_size=len(tokenizer), max_position_embeddings=max(128, 2 * config.max_length))
+    shape.update(pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    if family == "marian":
+        shape.update(encoder_layers=layers, encoder_ffn_dim=2 * width)
+        shape.update(decoder_layers=layers, decoder_ffn_dim=2 * width, decoder_attention_heads=4)
+        shape.update(decoder_start_token_id=pad, dropout=0.0, scale_embedding=True)
+    elif family == "gpt2":
+        shape.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu")
+    elif family == "llama":
+        shape.update(intermediate_size=2 * width)
+    return AutoConfig.for_model(family, **shape, **head)
+
+
+def train_tokenizer(texts, config, append_eos=True):
+    """Make a BPE tokenizer of `vocab_size` tokens or, with 0, one whose tokens are the words of
+    `texts`. Without `append_eos` it is a decoder's: words bring the space before them, so that
+    texts can be put together."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = dict(special_tokens=[PAD, EOS, UNKNOWN], show_progress=False)
+    if config.vocab_size:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, initial_alphabet=letters, **special)
+    else:
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(vocab_size=10**7, **special)
+        if not append_eos:
+            words_with_their_space = Regex(r"\n *| ?[^ \n]+")
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(words_with_their_space, "isolated")
+            tokenizer.decoder = decoders.Fuse()
+    tokenizer.train_from_iterator(texts, trainer)
+    if append_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(f"$A {EOS}", special_tokens=[(EOS, 1)])
+    side = "right" if append_eos else "left"
+    names = dict(pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, padding_side=side)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=config.max_length, **names)
+
+
+def fit(model, tokenizer, examples, loss_of, updates, config, title):
+    """Minimise `loss_of` on batches of examples: AdamW, a tenth of warm-up, then a linear decay."""
+    from tqdm import tqdm
+    from transformers import get_linear_schedule_with_warmup
+
+    model.to(processes().device).train()
+    optimizer = adamw((model, config.pretrain_learning_rate))
+    schedule = get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
+    batches = batches_of_like_length(examples, config.pretrain_batch_size, updates)
+    for first_column, second_column in tqdm(batches, desc=title, total=updates, dynamic_ncols=True):
+        loss = loss_of(model, tokenizer, first_column, second_column, config.max_length)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def batches_of_like_length(examples, n, updates, pool=32):
+    """Yield the two columns of `updates` batches of n examples. A pool of batches is sorted by the
+    length of the second column before it is cut into batches, so that little is padded; then these
+    come in a random order."""
+    for update in range(updates):
+        if update % pool == 0:
+            near = shuffled(examples, pool * n, update // pool + 1, seed=0)
+            near.sort(key=lambda example: len(example[-1]))
+            starts = random.Random(update).sample(range(0, pool * n, n), pool)
+        start = starts[update % pool]
+        batch = near[start : start + n]
+        yield [first for first, _ in batch], [second for _, second in batch]
+
+
+def likelihood_loss(model, tokenizer, sources, targets, max_length):
+    """Compute the negative log-likelihood per token of targets, given their sources."""
+    logprobs, mask = target_logprobs(model, tokenizer, sources, targets, max_length)
+    return -logprobs.sum() / mask.sum()
+
+
+def label_loss(model, tokenizer, labels, texts, max_length):
+    """Compute the cross-entropy of the labels of texts."""
+    logits = class_logits(model, tokenizer, texts, max_length)
+    return F.cross_entropy(logits, torch.tensor(labels, device=logits.device))
+
+
+def preference_loss(model, tokenizer, better, worse, max_length):
+    """Compute - log sigmoid(score of the better answer - score of the worse one) (arXiv 2203.02155,
+    equation 1)"""
+    ended = [text + tokenizer.eos_token for text in better + worse]
+    better_scores, worse_scores = class_logits(model, tokenizer, ended, max_length)[:, 0].chunk(2)
+    return -F.logsigmoid(better_scores - worse_scores).mean()
+
+
+# =========================================== 10. A run ============================================
 
 
 class Run:
-    """A run's folder, log, checkpoints and progress. Of several processes the main one writes."""
+    """Keep a run's folder, log, checkpoints and progress. Of several processes the main one writes:
 
-    COUNTERS = ("update", "kl_coef", "history", "samples", "averaging")
+    at the start            config.json, and .lock while the run is at work
+    at each evaluation      metrics.jsonl, and a tracker if one is asked for
+    every save_every        checkpoint/state.pt; the one before becomes previous.pt
+    updates, and on Ctrl-C
+    at the end              model/ (in the game also receiver/), curve.png, samples.md"""
 
     def __init__(self, config):
-        self.config, self.accelerator = config, processes()
+        self.config = config
+        self.accelerator = processes()
         self.folder = Path(config.output_dir or f"runs/{config.task}/{config.method}/seed{config.seed}")
-        self.main, n = self.accelerator.is_main_process, self.accelerator.num_processes
-        self.lock = claim(self.folder, config) if self.main else None
+        self.is_main = self.accelerator.is_main_process
+        self.lock = claim(self.folder, config) if self.is_main else None
+        n = self.accelerator.num_processes
         if config.batch_size % n or config.mini_batch_size % n:
             raise ValueError(f"batch_size and mini_batch_size must be multiples of the {n} processes")
-        self.rows = slice(self.accelerator.process_index, None, n)  # of a batch, this process's share
-        self.checkpoints = [self.folder / "checkpoint" / name for name in ("state.pt", "previous.pt")]
-        self.update, self.kl_coef, self.history, self.samples = 0, config.kl_coef, [], []
-        self.averaging, self.began, self.stop, self.bar = 0.0, time.perf_counter(), 0, None
+        self.share = slice(self.accelerator.process_index, None, n)  # this process's rows of a batch
+        self.newest = self.folder / "checkpoint" / "state.pt"
+        self.previous = self.folder / "checkpoint" / "previous.pt"
+        self.newest_is_whole = True
+        self.update = 0  # the number of the last update
+        self.kl_coef = config.kl_coef
+        self.history = []  # one dict of metrics for each evaluation
+        self.samples = []  # rows for samples.md: those of the first evaluation, those of the last
+        self.stop = 0  # the number of the signal that asked the run to stop
+        self.began = time.perf_counter()
+        self.trackers = start_trackers(config, self.folder) if self.is_main else []
+        self.bar = None
 
-    def begin(self, parts):
-        """Names the parts that checkpoints hold; when resuming, fills them from the last whole one."""
-        self.parts, saved, problems = parts, None, []
-        for path in filter(Path.is_file, self.checkpoints if self.config.resume else ()):
-            try:
-                saved = saved or self._read(path)
-            except Exception as error:  # there is no end to what may be wrong with a file
-                problems.append(f"checkpoint {path} is damaged or another's: {error}")
-        if problems and not saved:
-            raise ValueError("; ".join(problems))
-        for problem in problems:
-            print(f"{problem}; the one before is used", file=sys.stderr)
-        if saved:
-            if saved["update"] > self.config.updates:
-                raise ValueError(f"{self.folder} has done {saved['update']} updates; set updates to more")
-            for name, part in parts.items():
-                part.load_state_dict(part.state_dict() | saved["parts"][name])
-            vars(self).update({name: saved[name] for name in self.COUNTERS})
-            self.began -= self.history[-1]["seconds"]
-        if self.main:
+    def begin(self, task, model, optimizer, elastic):
+        """Name what checkpoints hold. When resuming, fill it from the last whole checkpoint."""
+        self.saved_parts = dict(model=model, optimizer=optimizer, elastic=elastic)
+        for name, part in getattr(task, "trained", {}).items():
+            self.saved_parts[f"task.{name}"] = part
+        if self.config.resume:
+            self.resume()
+        if self.is_main:
             (self.folder / "samples.md").unlink(missing_ok=True)  # where it is, the run is complete
             write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
 
-    def _read(self, path):
-        """A checkpoint. Raises an error unless it has the names, types, shapes and dtypes of this run's."""
+    def resume(self):
+        """Load the newest checkpoint or, if it is damaged, the one before. Raises ValueError if
+        both are."""
+        problems = []
+        for path in (self.newest, self.previous):
+            if not path.is_file():
+                continue
+            try:
+                self.load(path)
+            except Exception as error:  # there is no end to what may be wrong with a file
+                problems.append(f"checkpoint {path} is damaged or another run's: {error}")
+                continue
+            for problem in problems:
+                print(f"{problem}; the one before is used", file=sys.stderr)
+                self.newest_is_whole = False
+            if self.update > self.config.updates:
+                raise ValueError(f"{self.folder} has done {self.update} updates; set updates to more")
+            return
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def load(self, path):
+        """Fill this run from a checkpoint. Raises an error unless the file is whole and fits."""
         if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
             raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in self.parts.items():
-            stepped = name == "optimizer" and self.config.num_ppo_epochs
-            if isinstance(part, torch.optim.Optimizer) and (stepped or saved["parts"][name]["state"]):
-                for p in [p for group in part.param_groups for p in group["params"]]:
-                    p.grad = torch.zeros_like(p)
-                part.step()  # along a gradient of 0, for the slots that are to be compared
-                part.zero_grad()
-        compare_layout(self._state(), saved, "it")
-        return saved
+        if saved["parts"].keys() != self.saved_parts.keys():
+            raise ValueError(f"it holds {', '.join(saved['parts'])}; expected {', '.join(self.saved_parts)}")
+        for name, part in self.saved_parts.items():
+            part.load_state_dict(part.state_dict() | saved["parts"][name])  # frozen weights stay
+        self.update = int(saved["update"])
+        self.kl_coef = float(saved["kl_coef"])
+        self.history = list(saved["history"])
+        self.samples = list(saved["samples"])
+        self.began = time.perf_counter() - self.history[-1]["seconds"]
 
-    def _state(self):
-        """What a checkpoint holds: the counters, and of each part everything but frozen weights."""
-        state = {name: getattr(self, name) for name in self.COUNTERS} | dict(parts={})
-        for name, part in self.parts.items():
-            frozen = [n for n, p in getattr(part, "named_parameters", list)() if not p.requires_grad]
-            state["parts"][name] = {n: x for n, x in part.state_dict().items() if n not in frozen}
-        return state
+    def save(self):
+        """Write a checkpoint, and keep the one before."""
+        state = dict(update=self.update, kl_coef=self.kl_coef, history=self.history, samples=self.samples)
+        state["parts"] = {name: trained_state(part) for name, part in self.saved_parts.items()}
+        with written_whole(self.newest) as aside, open(aside, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # behind which torch hides that a disk is full
+                raise error.__context__ or error from None
+            if self.newest.exists() and self.newest_is_whole:
+                os.replace(self.newest, self.previous)
+        self.newest_is_whole = True
+
+    def save_if_due(self):
+        """Save if it is time, or if the run was asked to stop, which then raises
+        KeyboardInterrupt."""
+        stop = self.mean_over_processes(dict(stop=self.stop))["stop"]
+        due = self.update % self.config.save_every == 0 or self.update == self.config.updates
+        if self.is_main and (stop or due):
+            self.save()
+        if stop:
+            stopped = KeyboardInterrupt(f"stopped after update {self.update}; --resume true goes on")
+            stopped.signum = self.stop or signal.SIGTERM  # another process's
+            raise stopped
 
     def updates(self):
-        """The numbers of the updates to do. A signal to stop lets an update end; the same again does not."""
+        """Yield the numbers of the updates to do. Ctrl-C, SIGTERM or SIGHUP lets the current update
+        end; a second one stops at once. Signals that are ignored stay so, as SIGHUP under nohup."""
+        from tqdm import tqdm
 
-        def stop(signum, frame):
+        handlers = {}
+
+        def ask_to_stop(signum, frame):
             self.stop = signum
-            signal.signal(signum, before[signum])  # of a second one
+            signal.signal(signum, handlers[signum])
 
-        main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and main_thread]
-        heeded = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # as nohup sets SIGHUP
-        before = {s: signal.signal(s, stop) for s in heeded}
-        how = dict(desc=f"RL, {self.config.method}", initial=self.update, total=self.config.updates)
+        if threading.current_thread() is threading.main_thread():  # handlers may be set only there
+            for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                if signal.getsignal(signum) != signal.SIG_IGN and signum not in handlers:
+                    handlers[signum] = signal.signal(signum, ask_to_stop)
+        done = self.update
+        look = dict(desc=f"RL, {self.config.method}", initial=done, total=self.config.updates)
+        look.update(dynamic_ncols=True, disable=not self.accelerator.is_local_main_process)
         try:
-            with progress(range(self.update + 1, self.config.updates + 1), **how) as self.bar:
+            with tqdm(range(done + 1, self.config.updates + 1), **look) as self.bar:
                 for update in self.bar:
                     self.update = update
                     yield update
         finally:
-            for signum, handler in before.items():
+            for signum, handler in handlers.items():
                 signal.signal(signum, handler)
 
-    def save_if_due(self):
-        """A checkpoint if it is time for one or the run was asked to stop, which raises KeyboardInterrupt."""
-        stop = self.mean_over_processes(dict(stop=self.stop))["stop"]
-        due = stop or self.update % self.config.save_every == 0 or self.update == self.config.updates
-        if due and self.main:
-            newest, previous = self.checkpoints
-            with written_whole(newest) as aside, open(aside, "wb") as file:
-                try:
-                    torch.save(self._state(), file)
-                except RuntimeError as error:  # behind which torch hides that a disk is full
-                    raise error.__context__ or error from None
-                if newest.exists():
-                    os.replace(newest, previous)
-        if stop:
-            stopped = KeyboardInterrupt(f"stopped after update {self.update}; --resume true goes on")
-            stopped.signum = self.stop or signal.SIGTERM  # of another process
-            raise stopped
-
-    def timed(self, work):
-        """Does some work of the averages, and counts its seconds."""
-        began = time.perf_counter()
-        work()
-        self.averaging += time.perf_counter() - began
-
     def gathered(self, batch):
-        """A batch of this process's rows as that of all processes, in the order of the prompts."""
-        batch = batch | dict(mask=batch["mask"].long())  # bool would not stay bool where it is padded
-        whole = self.accelerator.gather(self.accelerator.pad_across_processes(batch, dim=1))
+        """Make this process's batch that of all processes, in the order of the prompts."""
         n = self.accelerator.num_processes
-        whole = {name: torch.stack(x.chunk(n), 1).flatten(0, 1) for name, x in whole.items()}
-        return whole | dict(mask=whole["mask"].bool())
+        batch = batch | dict(mask=batch["mask"].long())  # bool would not survive padding
+        padded = self.accelerator.pad_across_processes(batch, dim=1)
+        gathered = {}
+        for name, tensor in self.accelerator.gather(padded).items():
+            gathered[name] = torch.stack(tensor.chunk(n), 1).flatten(0, 1)  # one row of each in turn
+        gathered["mask"] = gathered["mask"].bool()
+        return gathered
 
     def mean_over_processes(self, stats):
-        """{name: number}, the mean over the processes. FloatingPointError if one is not finite."""
-        values = torch.tensor([float(value) for value in stats.values()], device=self.accelerator.device)
-        stats = dict(zip(stats, self.accelerator.reduce(values, "mean").tolist(), strict=True))
-        for name, value in stats.items():
-            if not math.isfinite(value):
+        """Return {name: number}, the mean over the processes. Raises FloatingPointError if one is
+        not finite."""
+        numbers = [float(value) for value in stats.values()]
+        values = torch.tensor(numbers, device=self.accelerator.device)
+        means = self.accelerator.reduce(values, "mean").tolist()
+        for name, mean in zip(stats, means, strict=True):
+            if not math.isfinite(mean):
                 where = f"checkpoints, if any yet, are in {self.folder}"
-                raise FloatingPointError(f"update {self.update}: {name} is {value}; {where}")
-        return stats
+                raise FloatingPointError(f"update {self.update}: {name} is {mean}; {where}")
+        return dict(zip(stats, means, strict=True))
+
+    def adapt_kl_coef(self, stats):
+        """Raise or lower the KL coefficient so that the KL nears kl_target, by at most 20 per cent
+        in 10,000 responses (arXiv 1909.08593, section 2.2)."""
+        if self.config.kl_target:
+            error = stats["train_kl"] / self.config.kl_target - 1
+            error = min(max(error, -0.2), 0.2)
+            self.kl_coef *= 1 + error * self.config.batch_size / 10_000
 
     def log(self, metrics, event="", stats=None):
-        """One evaluation: a line of metrics.jsonl, samples, the bar. `event`: on which side of a reset."""
+        """Log one evaluation: a line of metrics.jsonl, trackers, samples, the bar. `event`: "before
+        reset", "after reset" or neither."""
         columns = metrics.pop("samples", {})
-        rows = list(zip(*columns.values(), strict=True))[:5]
-        self.samples = [*self.samples[:1], [dict(zip(columns, map(str, row), strict=True)) for row in rows]]
-        line = dict(update=self.update, event=event, seconds=round(time.perf_counter() - self.began, 2))
-        line = dict(**line, **(stats or {}), **self.mean_over_processes(metrics))
+        rows = []
+        for cells in list(zip(*columns.values(), strict=True))[:5]:
+            rows.append(dict(zip(columns, map(str, cells), strict=True)))
+        self.samples = [*self.samples[:1], rows]
+        seconds = round(time.perf_counter() - self.began, 2)
+        numbers = (stats or {}) | self.mean_over_processes(metrics)
+        line = dict(update=self.update, event=event, seconds=seconds) | numbers
         self.history.append(line)
-        if self.main:
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in self.history))
+        if self.is_main:
+            lines = [json.dumps(line) + "\n" for line in self.history]
+            write_text(self.folder / "metrics.jsonl", "".join(lines))
+        for tracker in self.trackers:
+            side = "before_reset/" if event == "before reset" else ""
+            tracker.log({side + name: value for name, value in numbers.items()}, step=self.update)
         if self.bar is not None:
-            numbers = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
-            self.bar.set_postfix_str(f"{numbers}, resets {self.parts['elastic'].resets}")
+            text = f"reward {line['reward']:.3f}, drift {line['drift']:.3f}, kl {line['kl']:.1f}"
+            self.bar.set_postfix_str(f"{text}, resets {self.saved_parts['elastic'].resets}")
 
     def finish(self, task):
-        """Writes models, samples, curve; prints the table of before and after; returns train()'s result."""
-        start, end, elastic = self.history[0], self.history[-1], self.parts["elastic"]
-        if self.main:
-            for name, model in dict(model=task.policy, **task.trained).items():
-                if hasattr(model, "save_pretrained"):
-                    save_model(model, getattr(task, f"{name}_tokenizer", task.tokenizer), self.folder / name)
+        """Write models, samples and curve; print the table of before and after; return train()'s
+        result."""
+        start = self.history[0]
+        end = self.history[-1]
+        if self.is_main:
+            # If a reset was due in the last update, the policy is what it has become by that.
+            own = dict(model=(task.policy, task.tokenizer))
+            for name, (model, tokenizer) in (own | getattr(task, "saved_models", {})).items():
+                save_model(model, tokenizer, self.folder / name)
             with written_whole(self.folder / "curve.png") as aside:
                 plot_run(self.history, aside)
             write_text(self.folder / "samples.md", samples_text(*self.samples, end["update"]))
             print(f"{'':<10}{'start':>10}   update {end['update']} {end['event']}")
-            for name in [*start][3:]:  # after update, event, seconds
-                print(f"{name:<10}{start[name]:>10.3f}   {end.get(name, math.nan):.3f}")
-            share = f"{self.averaging / (time.perf_counter() - self.began):.2%} of the time"
-            path = f"averages: {elastic.backend}, {share}"
-            print(f"resets: {elastic.resets}; {path}; {getattr(task, 'footnote', '')}")
+            for name in start:
+                if name not in ("update", "event", "seconds"):
+                    print(f"{name:<10}{start[name]:>10.3f}   {end.get(name, math.nan):.3f}")
+            elastic = self.saved_parts["elastic"]
+            footnote = getattr(task, "footnote", "")
+            print(f"resets: {elastic.resets}; averages: {elastic.backend}; {footnote}")
             print(f"files: {self.folder}")
+            for tracker in self.trackers:
+                tracker.finish()
             self.lock.release()
         return dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
 
 
+def trained_state(part):
+    """Return the state_dict() of a module, an optimizer or the averages; of a module without frozen
+    weights."""
+    state = part.state_dict()
+    if isinstance(part, nn.Module):
+        for name, p in part.named_parameters():
+            if not p.requires_grad:
+                state.pop(name, None)
+    return state
+
+
+def start_trackers(config, folder):
+    """Return accelerate's tracker, in a list, or none. A resumed run goes on in the same place."""
+    if config.report_to == "none":
+        return []
+    if importlib.util.find_spec(config.report_to) is None:
+        raise ValueError(f"report_to is {config.report_to}; that needs `pip install {config.report_to}`")
+    from accelerate import tracking
+
+    name = re.sub(r"[^\w.-]", "-", str(folder))  # the run's name there, and what it goes on by
+    if config.report_to == "tensorboard":
+        tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=folder)
+    elif config.report_to == "wandb":
+        tracker = tracking.WandBTracker("elastic-reset", id=name, name=name, resume="allow")
+    else:
+        tracker = tracking.TrackioTracker("elastic-reset", name=name, resume="allow")
+    tracker.start()
+    settings = {name: value for name, value in asdict(config).items() if not isinstance(value, list)}
+    tracker.store_init_configuration(settings)
+    return [tracker]
+
+
 def claim(folder, config):
-    """Makes the folder and returns a lock on it. ValueError or OSError if it is not this run's alone."""
+    """Make the folder and return a lock on it. Raises ValueError or OSError if it is not this run's
+    alone: if it holds other files, links, another run, or is another process's place of work."""
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
-    now, file = json.loads(json.dumps(asdict(config))), folder / "config.json"
+    file = folder / "config.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for path in folder.iterdir():  # through a link, files elsewhere would be replaced
-        known = "reset_every" in before or path.name == ".lock" or path.suffix == ".partial"
-        if path.is_symlink() or not known:
+    if not isinstance(before, dict):
+        raise ValueError(f"{file} is not a run's")
+    is_a_runs = "reset_every" in before
+    for path in folder.iterdir():
+        may_be = is_a_runs or path.name == ".lock" or path.suffix == ".partial"
+        if path.is_symlink() or not may_be:  # through a link, files elsewhere would be replaced
             raise ValueError(f"output_dir {folder} holds {path.name}, a link or a file of others")
     if before and not config.resume:
         raise ValueError(f"{folder} holds a run: go on with --resume true, or choose another output_dir")
-    for name in now.keys() - {"resume", "output_dir", "updates", "save_every"}:
-        if before and before.get(name) != now[name]:
-            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {now[name]!r}")
-    if (folder / "samples.md").exists() and not any(map(Path.is_file, folder.glob("checkpoint/*.pt"))):
+    for name, value in asdict(config).items():
+        may_differ = name in ("resume", "output_dir", "updates", "save_every", "report_to")
+        if before and not may_differ and before.get(name) != value:
+            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {value!r}")
+    checkpoints = [path for path in folder.glob("checkpoint/*.pt") if path.is_file()]
+    if (folder / "samples.md").exists() and not checkpoints:
         raise ValueError(f"{folder} holds a complete run without its checkpoint")
     lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
     lock.acquire(timeout=0)  # another process may work there
@@ -1859,7 +2568,8 @@ def claim(folder, config):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a place beside `path` for a file or a folder of files, which at the end take their places."""
+    """Yield a place beside `path` for a file or for a folder of files. At the end they take their
+    places."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -1886,21 +2596,23 @@ def save_model(model, tokenizer, path):
 
 
 def plot_run(history, path):
-    """Reward and drift over the updates, the resets marked."""
+    """Plot reward and drift over the updates, and mark the resets."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
+    updates = [line["update"] for line in history]
     for axes, name in zip(figure.subplots(2, 1, sharex=True), ("reward", "drift"), strict=True):
-        axes.plot([e["update"] for e in history], [e[name] for e in history], marker=".")
-        for update in [e["update"] for e in history if e["event"] == "after reset"]:
-            axes.axvline(update, color="0.7", linewidth=1, zorder=0)
+        axes.plot(updates, [line[name] for line in history], marker=".")
         axes.set_ylabel(name)
+        for line in history:
+            if line["event"] == "after reset":
+                axes.axvline(line["update"], color="0.7", linewidth=1, zorder=0)
     axes.set_xlabel("update (vertical lines: resets)")
     figure.savefig(path, format="png", dpi=150)
 
 
 def samples_text(start, end, update):
-    """samples.md: what became of the same prompts. Texts keep their lines and indentation."""
+    """Write samples.md: what became of the same prompts. Texts keep their lines and indentation."""
     lines = []
     for number, (before, after) in enumerate(zip(start, end, strict=True), 1):
         lines += [f"## {number}", ""]
@@ -1912,90 +2624,156 @@ def samples_text(start, end, update):
     return "\n".join(line.strip().replace("    ", "&emsp;").replace("\n", "<br>") for line in lines)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help lists all flags")  # in one line, without the usage
+# ---- the command line
+
+
+def true_or_false(text):
+    """Read a flag that is on or off."""
+    words = {"true": True, "false": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def parser():
+    """Make one flag for each setting of Config, in its groups."""
+    style = argparse.RawDescriptionHelpFormatter
+    look = dict(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS, allow_abbrev=False)
+    flags = argparse.ArgumentParser("elastic_reset.py", argument_default=argparse.SUPPRESS, **look)
+    flags.add_argument("--config", metavar="FILE", help="YAML of flags, or a run's config.json; flags win")
+    for f in fields(Config):
+        if f.metadata["group"]:
+            group = flags.add_argument_group(f.metadata["group"])
+        words = "|".join(f.metadata["choices"]) or f.type.__name__
+        kind = {bool: true_or_false, list: str}.get(f.type, f.type)
+        several = "+" if f.type is list else None
+        group.add_argument(f"--{f.name}", help=help_of(f), metavar=words, nargs=several, type=kind)
+    return flags
+
+
+def help_of(f):
+    """Return a setting's help, with the tasks that it is for and its defaults."""
+    text = f.metadata["help"]
+    if f.metadata["tasks"]:
+        text = f"{', '.join(f.metadata['tasks'])}: {text}"
+    if f.default in ("", (), "custom"):
+        return text
+    defaults = [str(f.default)]
+    for name, task in TASKS.items():
+        if f.name in task.preset:
+            defaults.append(f"{name} {task.preset[f.name]}")
+    return f"{text} (default {'; '.join(defaults)})"
 
 
 def parse_flags(argv):
-    """The settings given, {name: value}, by flags and by the file of --config. Config checks them."""
-    style = argparse.RawDescriptionHelpFormatter
-    how = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser = Parser("elastic_reset.py", description=__doc__, formatter_class=style, **how)
-    parser.add_argument("--config", metavar="FILE", help="YAML of flags, or a run's config.json; flags win")
-    group, presets = parser, {task: PRESETS[f"{task}/mini"] for task in TASKS}
-    for f in fields(Config):
-        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
-        others = "".join(f"; {task} {preset[f.name]}" for task, preset in presets.items() if f.name in preset)
-        default = f" (default {f.default}{others})" if f.default not in ("", (), "custom") else ""
-        how = dict(metavar=expected(f), nargs="+" if f.type is list else None)
-        group.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **how)
-    given = vars(parser.parse_args(argv))
-    if path := given.pop("config", None):
-        import yaml
+    """Return the settings given, {name: value}, by flags and by the file of --config. Config checks
+    their values."""
+    given = vars(parser().parse_args(argv))
+    if "config" not in given:
+        return given
+    path = given.pop("config")
+    known = read_settings(path)
+    if "method" in known and given.get("method", known["method"]) != known["method"]:
+        raise ValueError(f"--method and --config {path}, which names a method too: give one")
+    method = {}
+    if "method" in given and "method" not in known:
+        method = METHODS.get(given["method"], {})  # it sets its own over the file's
+    return merged(known, method, given)
 
-        with open(path, encoding="utf-8") as file:
-            known = yaml.safe_load(file)  # JSON is YAML too
-        if not isinstance(known, dict):
-            raise ValueError(f"{path}: expected lines like kl_coef: 0.05")
-        if {"method", "reset"} <= known.keys() and given.get("method", known["method"]) != known["method"]:
-            raise ValueError(f"--method and --config {path}, which sets all that a method does: give one")
-        given = known | given
-    for name in given.keys() & {f.name for f in fields(Config) if f.type in (int, float, bool)}:
-        with contextlib.suppress(AttributeError, ValueError):
-            given[name] = json.loads(given[name].lower())  # True too
-    return given
+
+def read_settings(path):
+    """Read the settings in a file of YAML, {name: value}. JSON is YAML too. Raises ValueError for
+    other names."""
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            settings = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected lines like kl_coef: 0.05")
+    types = {f.name: f.type for f in fields(Config)}
+    for name, value in settings.items():
+        if name not in types:
+            raise ValueError(f"{path}: there is no setting {name}")
+        if types[name] is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):  # Config will say what is wrong with it
+                settings[name] = float(value)  # to YAML, 1e-5 is a text
+    return settings
 
 
 def main(argv=None) -> int:
-    """The command line. Exit codes are 0 when done, 2 for unusable flags, data or files, 1 when training
-    broke off, and 128 + n when signal n stopped it. Call train() from Python to see where an error arose."""
+    """Run the command line. Exit codes: 0 when done, 2 for flags, data or files that cannot be
+    used, 1 when a number was not finite, 128 + n when signal n stopped the run. Anything else is a
+    mistake in this file or in a reader's change to it, and Python shows where."""
+    warnings.simplefilter("ignore")  # other people's; what concerns the user is an error here
     try:
-        warnings.simplefilter("ignore")  # other people's; what concerns the user is an error here
-        train(configure(**parse_flags(sys.argv[1:] if argv is None else argv)))
+        train(configure(**parse_flags(argv)))
         return 0
-    except (Exception, KeyboardInterrupt) as error:
-        message = " ".join(str(error).split()) or type(error).__name__  # in one line
-        print(f"elastic_reset.py: {message}", file=sys.stderr)
-        if isinstance(error, KeyboardInterrupt):
-            return 128 + getattr(error, "signum", signal.SIGINT)
-        return 1 if isinstance(error, (FloatingPointError, RuntimeError)) else 2
+    except FloatingPointError as error:
+        return explain(error, 1)
+    except (ValueError, OSError) as error:
+        return explain(error, 2)
+    except KeyboardInterrupt as error:
+        return explain(error, 128 + getattr(error, "signum", signal.SIGINT))
 
 
-# ===================================== 9. Other people's trainers =========================================
+def explain(error, exit_code):
+    """Print what went wrong in one line."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"elastic_reset.py: {message}", file=sys.stderr)
+    return exit_code
+
+
+# ================================== 11. Other people's trainers ===================================
 
 
 class ElasticResetCallback:
-    """Elastic Reset in transformers' Trainer and in those built on it, TRL's GRPO, RLOO, DPO and SFT:
-    Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)]). It counts optimizer steps; of
-    a PEFT model it averages and resets the adapter. It works on one process, with DDP and with FSDP2.
-    `elastic`, the ElasticReset, is there once train() has begun.
+    """Use Elastic Reset in transformers' Trainer and in those built on it, as TRL's GRPO, RLOO, DPO
+    and SFT:
 
-    Checkpoints hold the averages in elastic_reset.safetensors, full tensors. A callback is not told what
-    folder train(resume_from_checkpoint=...) goes on from: if it is not in output_dir, name it in
-    TrainingArguments as well, as resume_from_checkpoint."""
+        Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)])
+
+    It counts optimizer steps. If the model has a PEFT adapter, the adapter is averaged and reset.
+    It works on one process, with DDP and with FSDP2. `elastic`, the ElasticReset, is there once
+    train() has begun.
+
+    Checkpoints hold the averages in elastic_reset.safetensors, as full tensors. A callback is not
+    told which folder train(resume_from_checkpoint=...) goes on from. If that is not in output_dir,
+    name it in TrainingArguments(resume_from_checkpoint=...) as well."""
 
     def __init__(self, decay=0.995, reset_every=17, reset="elastic"):
-        self.settings, self.elastic = (decay, reset_every, reset), None
+        self.decay = decay
+        self.reset_every = reset_every
+        self.reset = reset
+        self.elastic = None
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Begins at the model's weights or, with steps done, where their checkpoint left off."""
+        """Begin at the model's weights or, with steps done, where their checkpoint left off."""
         from accelerate.state import AcceleratorState
-        from safetensors import safe_open
 
         shared = AcceleratorState()
         fsdp1 = shared.distributed_type == "FSDP" and shared.fsdp_plugin.fsdp_version == 1
         if fsdp1 or shared.distributed_type == "DEEPSPEED" or args.auto_find_batch_size:
             raise ValueError("ElasticResetCallback works without DeepSpeed, FSDP1 and auto_find_batch_size")
-        self.elastic = ElasticReset(model, *self.settings)
+        self.elastic = ElasticReset(model, self.decay, self.reset_every, self.reset)
         if state.global_step:
-            folder = args.resume_from_checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"
-            with safe_open(f"{folder}/elastic_reset.safetensors", "pt") as file:
-                if file.metadata() != dict(run=state.stateful_callbacks.get("elastic_reset_run")):
-                    hint = "name the one resumed from in TrainingArguments(resume_from_checkpoint=...)"
-                    raise ValueError(f"{folder} holds another run's averages; {hint}")
-                self.elastic.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        self.run = state.stateful_callbacks["elastic_reset_run"] = os.urandom(8).hex()
+            self.load(args, state)
+        self.run = os.urandom(8).hex()  # a checkpoint and its averages share this number
+        state.stateful_callbacks["elastic_reset_run"] = self.run
+
+    def load(self, args, state):
+        from safetensors import safe_open
+
+        folder = args.resume_from_checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"
+        run = state.stateful_callbacks.get("elastic_reset_run")
+        with safe_open(f"{folder}/elastic_reset.safetensors", "pt") as file:
+            if file.metadata() != {"run": run}:
+                hint = "name the one resumed from in TrainingArguments(resume_from_checkpoint=...)"
+                raise ValueError(f"{folder} holds another run's averages; {hint}")
+            averages = {name: file.get_tensor(name) for name in file.keys()}
+        self.elastic.load_state_dict(averages)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.elastic.step()
@@ -2012,11 +2790,11 @@ class ElasticResetCallback:
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             with written_whole(folder / "elastic_reset.safetensors") as aside:
-                save_file(averages, aside, metadata=dict(run=self.run))
+                save_file(averages, aside, metadata={"run": self.run})
 
     def __getattr__(self, event):
-        """The trainer's other events: nothing to do. (With transformers' base class, importing this file
-        would need more than torch.)"""
+        """Do nothing at the trainer's other events. (With transformers' base class, importing this
+        file would need more than torch.)"""
         if not event.startswith("on_"):
             raise AttributeError(event)
         return lambda args, state, control, **kwargs: None

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tqdm
 
 # One thread, here and in the processes that tests start: they compare numbers, and sums depend on its number.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -62,6 +63,23 @@ def killed_within_update(number, run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(TranslationGame, "learn", dying)
         run()
+
+
+def before_training(monkeypatch, act):
+    """Calls act() where the training of a model before RL shows its bar. (Another function in fit()'s place
+    would change what the cache knows the model by.)"""
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **settings):
+            if str(settings.get("desc")).startswith("training "):
+                act()
+            super().__init__(*args, **settings)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+
+
+def refuse_training(monkeypatch):
+    before_training(monkeypatch, lambda: pytest.fail("it began to train"))
 
 
 def contents(folder):

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import elastic_reset  # noqa: E402
-from elastic_reset import METHODS, TASKS, Config, fields, get_args, tasks_of  # noqa: E402
+from elastic_reset import METHODS, TASKS, Config, fields  # noqa: E402
 from tutorials.compare import to_argv  # noqa: E402
 
 TEMP = Path(tempfile.mkdtemp(prefix="fuzz"))
@@ -50,7 +50,7 @@ TINY = dict(
 
 def tiny(task, **flags):
     """Flags of a run that takes moments, without those of other tasks, which are refused."""
-    own = {f.name for f in fields(Config) if task in tasks_of(f)}
+    own = {f.name for f in fields(Config) if task in (f.metadata["tasks"] or TASKS)}
     return {
         name: value for name, value in (TINY | flags | dict(task=task)).items() if name in own | {"config"}
     }
@@ -90,10 +90,13 @@ def spoiled(rng, good):
     ])  # fmt: skip
 
 
-def mutate(rng, tree):
-    """Damages one place in a tree of dicts, lists, tensors and plain values. Returns where and how."""
+def mutate(rng, tree, deepest=99):
+    """Damages one place in a tree of dicts, lists, tensors and plain values. Returns where and how. At a
+    depth of 1 something is removed or gets another name."""
     path, node, dtypes = [], tree, {}
     while isinstance(node, (dict, list)) and node and (not path or rng.random() < 0.85):
+        if len(path) == deepest:
+            break
         parent, key = node, rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
         node = parent[key]
         path.append(key)
@@ -105,7 +108,7 @@ def mutate(rng, tree):
         others |= dtypes | {name: new for name, new in shapes.items() if new.shape != node.shape}
     elif isinstance(node, (int, float)):
         others |= dict(negative=-1, nan=math.nan, huge=10**30, half=node + 0.5, infinite=math.inf)
-    how = rng.choice(["removed", "renamed", *others])
+    how = rng.choice(["removed", "renamed", *others] if deepest > 1 else ["removed", "renamed"])
     if how in others:
         parent[key] = others[how]
     else:
@@ -182,11 +185,12 @@ def flags_case(rng):
     """Random flags, a random file of flags, or something at output_dir."""
     task = rng.choice(list(TASKS))
     flags, kind, own, f = tiny(task), rng.random(), (), rng.choice(fields(Config))
-    low, high, texts = f.metadata["low"], f.metadata["high"], f.type in (str, list)
+    low, high, choices = f.metadata["low"], f.metadata["high"], list(f.metadata["choices"])
+    texts = f.type in (str, list) and not choices
     if kind < 0.03:
         return "plain run", to_argv(flags | dict(method=rng.choice(list(METHODS)))), ()
     if kind < 0.13:  # the ends of ranges and strange texts, which may be taken
-        words = TEXTS if texts else get_args(f.type) or ["true", "false"]
+        words = TEXTS if texts else choices or ["true", "false"]
         if f.type in (int, float):
             large = [2**31, 2**63, 10**30] if f.type is int else ["1e308", "5e-324", high]
             words = [low] + large * (f.name not in LONG)
@@ -346,10 +350,15 @@ def checkpoint_case(rng):
     read, write = FORMATS[files[0].suffix]
     good, tree, state = files[0].read_bytes(), read(files[0]), files[0].suffix == ".pt"
     if kind < 0.6:
-        path, how = mutate(rng, tree)
-        vague = path[0] in ("samples", "seconds", "averaging") or path[0] == "history" and len(path) > 1
-        vague |= "param_groups" in path or path[0] == "kl_coef" and how in ("huge", "half")
-        vague |= files[0].suffix == ".json" or files[0].suffix == ".safetensors" and how == "dtype"
+        vague = files[0].suffix == ".json"
+        if not state:
+            path, how = mutate(rng, tree)
+            vague |= files[0].suffix == ".safetensors" and how == "dtype"
+        elif rng.random() < 0.3:  # of a checkpoint, names and shapes are looked at, and no other values
+            path, how = mutate(rng, rng.choice([tree, tree["parts"]]), deepest=1)
+        else:
+            path, how = mutate(rng, tree["parts"][rng.choice(["model", "elastic"])])
+            vague |= how == "nan"
         name = "!" * (not vague) + f"{path}: {how}"
         if files[0].suffix == ".safetensors":
             tree = {k: v.contiguous() for k, v in tree.items() if isinstance(v, torch.Tensor)}

@@ -15,6 +15,7 @@ from tutorials.baselines import (
     SupervisedSelfPlay,
     configure_baseline,
     main,
+    parse,
     train_baseline,
 )
 from tutorials.compare import finished, to_argv
@@ -92,17 +93,19 @@ def test_a_generation(tiny):
         for p in task.policy.parameters():
             p += 0.3 * torch.randn_like(p) * p.requires_grad
     stats = task.learn(french, ["a"] * 16)
-    assert "sil_sender_loss" not in stats and not same(start[1], weights_of(task.receiver[0]))
+    assert "sil_sender_loss" not in stats and not same(start[1], weights_of(task.receiver))
     assert same(start[0], weights_of(sender)) and same(start[1], weights_of(receiver))
-    teachers = weights_of(task.policy), weights_of(task.receiver[0])
+    teachers = weights_of(task.policy), weights_of(task.receiver)
 
-    english = elastic_reset.translate(task.policy, task.tokenizer, french, 64, config.response_length)
+    english = elastic_reset.translate(
+        task.policy, task.tokenizer, french, 64, response_length=config.response_length
+    )
     first = likelihood_loss(sender, task.tokenizer, french, english, 64).item()
     stats = task.learn(french, ["a"] * 16)
     assert likelihood_loss(sender, task.tokenizer, french, english, 64).item() < 0.5 * first
     assert stats["sil_sender_loss"] > 0 and stats["sil_receiver_loss"] > 0
     for student, place, before, teacher in zip(
-        (sender, receiver), (task.policy, task.receiver[0]), start, teachers, strict=True
+        (sender, receiver), (task.policy, task.receiver), start, teachers, strict=True
     ):
         now = weights_of(place)
         assert same(now, weights_of(student)) and not same(now, before) and not same(now, teacher)
@@ -159,6 +162,36 @@ def test_the_command_line_and_its_folder(tiny, tmp_path, baseline, capsys):
     assert metrics_of(run)[-1]["update"] == 5
 
 
+def test_a_file_stands_below_the_method_and_flags_above(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("s2p_coef: 3\nkl_coef: 0.3\nkl_target: 2\nlearning_rate: 1e-5\n")
+
+    def config(*words):
+        baseline, given = parse(["S2P", "--config", str(file), *words])
+        return configure_baseline(baseline, **given)
+
+    plain = config()
+    assert (plain.method, plain.s2p_coef, plain.learning_rate) == ("ppo", 3.0, 1e-5)
+    assert (plain.kl_coef, plain.kl_target) == (0.0, 0.0)
+    assert (config("--kl_coef", "0.1").kl_coef, config("--s2p_coef", "4").s2p_coef) == (0.1, 4.0)
+    assert (config("--method", "ppo-kl").kl_coef, config("--method", "ppo-kl").kl_target) == (0.3, 2.0)
+    file.write_text("sil_every: 3")
+    with pytest.raises(ValueError, match="settings.yaml: there is no setting sil_every"):
+        config()
+    for wrong in ("a: [", "- a"):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match="settings.yaml"):
+            config()
+
+
+def exit_code(main, words):
+    """What main() returns for these flags, or exits with."""
+    try:
+        return main(words.split())
+    except SystemExit as stop:
+        return stop.code
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -166,7 +199,7 @@ def test_the_command_line_and_its_folder(tiny, tmp_path, baseline, capsys):
         ("S3", "invalid choice: 'S3'"),
         ("S2P --s2p_coef -1", "s2p_coef is -1.0; expected"),
         ("S2P --s2p_coef much", "invalid float value: 'much'"),
-        ("S2P --sil_every 3", "unexpected keyword argument 'sil_every'"),
+        ("S2P --sil_every 3", "sil_every is not a setting of S2P"),
         ("SIL --sil_every 0", "sil_every is 0; expected"),
         ("SIL --task qa", "--task is qa; SIL is a baseline of translation alone"),
         ("SIL --nothing 1", "unrecognized arguments: --nothing 1"),
@@ -174,10 +207,18 @@ def test_the_command_line_and_its_folder(tiny, tmp_path, baseline, capsys):
 )
 def test_bad_flags_are_one_line(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(words.split()) == 2
+    assert exit_code(main, words) == 2
     error = capsys.readouterr().err
-    assert message in error and error.startswith("baselines.py: ") and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
+    assert error.startswith(("baselines.py: ", "elastic_reset.py: error: "))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_a_program_is_no_wrong_flag(monkeypatch):
+    monkeypatch.setattr(elastic_reset, "train", lambda config, task: 1 / 0)
+    monkeypatch.setattr("tutorials.baselines.SupervisedSelfPlay", lambda config: None)
+    with pytest.raises(ZeroDivisionError):
+        main(["S2P"])
 
 
 def test_it_runs_as_a_program():

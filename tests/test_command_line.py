@@ -1,22 +1,27 @@
-"""Section 8: flags, their layers and ranges, one-line errors; section 6's damaged data."""
+"""Sections 2 and 10: flags, their layers and ranges, one-line errors; section 6's damaged data."""
 
+import functools
 import itertools
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, killed_within_update, metrics_of, refuse_training
 
 import elastic_reset
-from elastic_reset import METHODS, TASKS, configure, main, parse_flags
+from elastic_reset import METHODS, TASKS, configure, main, parse_flags, train
 from tutorials.compare import to_argv
 
 RESETTING = ("elastic-reset", "reset-init", "reset-ema")
 
 
 def error_of(argv, capsys):
-    code = main(argv)
+    try:
+        code = main(argv)
+    except SystemExit as end:  # argparse's own
+        code = end.code
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert code == 2 and len(lines) == 1 and captured.out == "", captured
@@ -27,19 +32,20 @@ BAD_FLAGS = [
     ("", "--task is custom; expected one of translation"),
     ("--task chess", "--task is chess; expected one of translation"),
     ("--task translation --method sgd", "expected elastic-reset|ppo"),
-    ("--task translation --preset maxi", "preset is 'maxi'; expected mini|paper"),
+    ("--task translation --preset mini", "unrecognized arguments: --preset mini"),
+    ("--task translation --report_to comet", "expected none|tensorboard|wandb|trackio"),
     ("--task translation --kl_reference last", "expected init|ema"),
     ("--task translation --dtype float16", "expected float32|bfloat16"),
-    ("--task translation --resume perhaps", "resume is 'perhaps'; expected bool"),
-    ("--task translation --no_such_flag 1", "unrecognized arguments: --no_such_flag 1; --help lists all"),
+    ("--task translation --resume perhaps", "argument --resume: invalid true_or_false value: 'perhaps'"),
+    ("--task translation --no_such_flag 1", "elastic_reset.py: error: unrecognized arguments: --no_such_flag 1"),
     ("--task translation --update 3", "unrecognized arguments: --update 3"),
     ("--task translation --updates", "expected one argument"),
-    ("--task translation --updates ten", "updates is 'ten'; expected int from 1 to"),
+    ("--task translation --updates ten", "elastic_reset.py: error: argument --updates: invalid int value: 'ten'"),
     ("--task translation --updates 0", "updates is 0; expected int from 1"),
-    ("--task translation --updates 2.5", "updates is 2.5; expected int"),
+    ("--task translation --updates 2.5", "argument --updates: invalid int value: '2.5'"),
     ("--task translation --seed -1", "seed is -1; expected int from 0"),
     ("--task translation --ema_decay 1.5", "ema_decay is 1.5; expected float from 0 to 1"),
-    ("--task translation --ema_decay nan", "ema_decay is 'nan'; expected float from 0 to 1"),
+    ("--task translation --ema_decay nan", "ema_decay is nan; expected float from 0 to 1"),
     ("--task translation --temperature 0", "temperature is 0"),
     ("--task translation --max_grad_norm 0", "max_grad_norm is 0"),
     ("--task translation --batch_size 32 --mini_batch_size 64", "expected int from 0 to 32 (batch_size)"),
@@ -65,7 +71,7 @@ BAD_FLAGS = [
 def test_bad_command_lines(line, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(elastic_reset, "fit", lambda *args: pytest.fail("it began to train"))
+    refuse_training(monkeypatch)
     assert expected in error_of(line.split(), capsys)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
@@ -81,7 +87,7 @@ BAD_DATA = {
     "number": ({"train.jsonl": GOOD + '{"en": "a", "fr": "b", "de": 3}\n'}, "row 2: de is 3;"),
     "null": ({"train.jsonl": GOOD + '{"en": null, "fr": "b", "de": "c"}\n'}, "row 2: en is None"),
     "blank": ({"train.jsonl": GOOD + '{"en": "a", "fr": " ", "de": "c"}\n'}, "2: fr is ' '; expected text"),
-    "long rows": ({"train.csv": "en,fr,de\na,b,c,d\n"}, "or columns without a name"),
+    "long rows": ({"train.csv": "en,fr,de\na,b,c,d\n"}, "its rows are longer than the line of names"),
     "a long row": ({"train.csv": "en,fr,de\na,b,c\na,b,c,d\n"}, "Expected 3 fields in line 3, saw 4"),
     "two kinds": ({"train.csv": "en,fr,de\na,b,c\n", "a.jsonl": GOOD}, "holds .csv and .jsonl files"),
     "card": ({"train.jsonl": GOOD, "README.md": "---\na: [\n---\n"}, "data DATA cannot be read: "),
@@ -130,7 +136,6 @@ def test_layers_of_settings(tmp_path):
     assert configure("translation", "ppo-kl", kl_coef=0.3).kl_coef == 0.3
     assert configure("translation", "ppo", kl_coef=0.3).kl_coef == 0.3
     assert configure().batch_size == 128 and configure("translation").batch_size == 16
-    assert configure("translation", preset="paper").batch_size == 256
     path = tmp_path / "run.yaml"
     path.write_text(
         "task: translation\nlearning_rate: 1e-5\nupdates: 7\nresume: yes\nsender_data: [a, b c]\n"
@@ -143,11 +148,11 @@ def test_layers_of_settings(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("learning_rat: 1", "unexpected keyword argument 'learning_rat'"),
+        ("learning_rat: 1", "there is no setting learning_rat"),
         ("updates: many", "updates is 'many'; expected int"),
         ("model:", "model is None; expected str"),
         ("- updates", "expected lines like kl_coef: 0.05"),
-        ("updates: [", "while parsing a flow node"),
+        ("updates: [", "run.yaml is no YAML: while parsing a flow node"),
     ],
 )
 def test_a_file_of_flags_is_checked_too(tmp_path, text, message, capsys):
@@ -155,10 +160,27 @@ def test_a_file_of_flags_is_checked_too(tmp_path, text, message, capsys):
     assert message in error_of(["--config", str(tmp_path / "run.yaml")], capsys)
 
 
+def paper(task):
+    """A file of the paper's settings."""
+    return str(ROOT / "tutorials" / "paper" / f"{task}.yaml")
+
+
+@pytest.mark.parametrize("task, batch_size", [("translation", 256), ("imdb", 27), ("qa", 128)])
+def test_the_paper_s_settings_are_over_the_task_s_own(task, batch_size):
+    config = configure(**parse_flags(["--config", paper(task)]))
+    assert (config.task, config.batch_size, config.ema_decay) == (task, batch_size, 0.995)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_itself_in_every_preset(method):
-    for task, preset in itertools.product(TASKS, ("mini", "paper")):
-        config = configure(task, method, preset)
+    for task, settings in itertools.product(TASKS, ("own", "paper")):
+        argv = ["--config", paper(task)] if settings == "paper" else ["--task", task]
+        argv += ["--method", method]
+        if argv[0] == "--config" and task == "translation" and method in ("ppo-kl", "ema-reference"):
+            with pytest.raises(ValueError, match="kl_coef is 0"):  # the paper does not say it
+                configure(**parse_flags(argv))
+            argv += ["--kl_coef", "0.05"]
+        config = configure(**parse_flags(argv))
         if method in ("ppo-kl", "ema-reference"):
             assert config.kl_coef > 0
             assert config.kl_reference == {"ppo-kl": "init", "ema-reference": "ema"}[method]
@@ -167,13 +189,82 @@ def test_every_method_is_itself_in_every_preset(method):
         assert (config.reset != "none") == (method in RESETTING)
 
 
+def test_a_coefficient_of_0_turns_the_whole_penalty_off(tmp_path, capsys):
+    """Also what a file says of it. Given together, they contradict each other."""
+    path, off = tmp_path / "run.yaml", dict(kl_coef=0.0, kl_target=0.0, kl_reference="init")
+    path.write_text("task: translation\nkl_coef: 0.1\nkl_target: 6\nkl_reference: ema\n")
+    for more in (["--kl_coef", "0"], ["--kl_coef", "0.0", "--updates", "3"], ["--method", "ppo"]):
+        config = asdict(configure(**parse_flags(["--config", str(path), *more])))
+        assert config | off == config
+    config = asdict(configure(**parse_flags(["--config", str(path)])))
+    assert config | dict(kl_coef=0.1, kl_target=6.0, kl_reference="ema") == config
+    path.write_text("task: translation\nkl_coef: 0\nkl_target: 6\n")
+    for argv in (
+        ["--config", str(path)],
+        ["--task", "translation", "--kl_coef", "0", "--kl_target", "6"],
+        ["--task", "translation", "--kl_coef", "0", "--kl_reference", "ema"],
+        ["--task", "translation", "--kl_coef", "0", "--method", "ppo-kl"],
+    ):
+        assert "kl_coef is 0, so there is no KL penalty" in error_of(argv, capsys)
+    with pytest.raises(ValueError, match="kl_coef is 0"):
+        configure("translation", kl_coef=0, kl_target=6)
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        ("--ema_decay .9", "ema_decay", 0.9),
+        ("--kl_target 5.", "kl_target", 5.0),
+        ("--kl_target +1", "kl_target", 1.0),
+        ("--learning_rate 1e-5", "learning_rate", 1e-5),
+        ("--updates +3", "updates", 3),
+        ("--resume TRUE", "resume", True),
+    ],
+)
+def test_numbers_may_be_written_as_python_reads_them(words, name, value):
+    config = configure("translation", **parse_flags(words.split()))
+    assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+
+
+def test_settings_have_their_types_whatever_was_given():
+    """A whole number for a float, as 1 for 1.0, and a tuple for a list."""
+    floats = [f.name for f in elastic_reset.fields(elastic_reset.Config) if f.type is float]
+    config = asdict(configure(**dict.fromkeys(floats, 1), sender_data=("a", "b")))
+    assert {config[name] for name in floats} == {1.0} and len(floats) > 15
+    assert {type(config[name]) for name in floats} == {float} and config["sender_data"] == ["a", "b"]
+    for task, method in itertools.product(["custom", *TASKS], METHODS):
+        config = configure(task, method, kl_coef=1)
+        for f in elastic_reset.fields(config):
+            assert type(getattr(config, f.name)) is f.type, (task, method, f.name)
+
+
+@pytest.mark.parametrize("way", ["python", "flags", "yaml"])
+def test_whole_numbers_for_floats_resume(way, tiny, tmp_path, monkeypatch):
+    def run(folder, **more):
+        flags = tiny | dict(kl_coef=1, kl_target=6, output_dir=str(tmp_path / folder)) | more
+        if way == "python":
+            train(configure(**flags))
+        elif way == "flags":
+            assert main(to_argv(flags)) == 0
+        else:
+            lines = [f"{name}: {json.dumps(value)}\n" for name, value in flags.items()]
+            (tmp_path / "run.yaml").write_text("".join(lines))
+            assert main(["--config", str(tmp_path / "run.yaml")]) == 0
+
+    run("whole")
+    killed_within_update(3, functools.partial(run, "part"), monkeypatch)
+    run("part", resume=True)
+    assert metrics_of(tmp_path / "part") == metrics_of(tmp_path / "whole")
+    assert '"kl_target": 6.0' in (tmp_path / "part" / "config.json").read_text()
+
+
 def test_a_kl_method_needs_a_coefficient():
     with pytest.raises(ValueError, match="kl_coef is 0, so there is no KL penalty"):
         configure("custom", "ppo-kl")
 
 
 def test_a_run_is_repeated_by_its_config(tiny, tmp_path, capsys):
-    first = elastic_reset.train(configure(**tiny | dict(method="ppo-kl", kl_coef=0.1, learning_rate=1e-5)))
+    first = train(configure(**tiny | dict(method="ppo-kl", kl_coef=0.1, learning_rate=1e-5)))
     config, again = str(tmp_path / "run" / "config.json"), str(tmp_path / "again")
     assert main(["--config", config, "--output_dir", again]) == 0
     saved = [json.loads((tmp_path / run / "config.json").read_text()) for run in ("run", "again")]
@@ -189,6 +280,7 @@ def test_a_run_is_repeated_by_its_config(tiny, tmp_path, capsys):
 
 def test_flags_survive_the_way_to_another_process():
     flags = dict(task="translation", resume=True, kl_coef=0.1, sender_data=["a b", "c"], updates=3)
+    flags |= dict(report_to="tensorboard", ema_decay=1.0)
     assert parse_flags(to_argv(flags)) == flags
     assert parse_flags(to_argv(dict(task="qa", resume=False, sender_data=[]))) == dict(
         task="qa", resume=False

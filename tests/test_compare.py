@@ -249,6 +249,14 @@ def command(folder, methods, *words, **flags):
     return to_argv(GAME | dict(output_dir=str(folder)) | flags) + ["--methods", methods, *words]
 
 
+def exit_code(main, words):
+    """What main() returns for these flags, or exits with."""
+    try:
+        return main(words.split())
+    except SystemExit as stop:
+        return stop.code
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -271,10 +279,17 @@ def command(folder, methods, *words, **flags):
 )
 def test_what_cannot_be_run_is_said_in_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(words.split()) == 2
+    assert exit_code(main, words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("compare.py: ") and error.count("\n") == 1 and message in error
+    assert error.startswith(("compare.py: ", "elastic_reset.py: error: "))
+    assert error.count("\n") == 1 and message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_a_program_is_no_wrong_flag(monkeypatch):
+    monkeypatch.setattr(program, "compare", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--task", "imdb", "--methods", "ppo"])
 
 
 def test_help_points_to_the_other_flags(capsys):
@@ -285,13 +300,23 @@ def test_help_points_to_the_other_flags(capsys):
 
 
 def test_settings_of_a_method(tmp_path):
-    given = parse_flags(to_argv(GAME | dict(kl_coef=0.5)))
+    shared = to_argv(GAME | dict(kl_coef=0.5))
     label = "ppo:mixtures=3:average=1:kl_coef=0.2:model=a/b:c"
-    config, afterwards = program.settings_of(label, 7, given, tmp_path)
+    config, afterwards = program.settings_of(label, 7, shared, tmp_path)
     assert afterwards == {"eta 0.25": 0.25, "eta 0.50": 0.5, "eta 0.75": 0.75, "average": None}
     assert config.output_dir == str(tmp_path / "ppo,kl_coef=0.2,model=a%2Fb%3Ac" / "seed7")
     other = dict(method="ppo", seed=7, kl_coef=0.2, model="a/b:c", output_dir=config.output_dir, resume=True)
-    assert config == configure(**given | other)
+    assert config == configure(**parse_flags(shared) | other)
+
+
+def test_a_method_overrides_a_file_and_flags_override_the_method(tmp_path):
+    file = ["--config", str(ROOT / "tutorials" / "paper" / "imdb.yaml")]
+
+    def kl_coef(label, *flags):
+        return program.settings_of(label, 0, [*file, *flags], tmp_path)[0].kl_coef
+
+    assert (kl_coef("ppo"), kl_coef("ppo-kl"), kl_coef("ppo-kl:kl_coef=0.3")) == (0.0, 0.001, 0.3)
+    assert (kl_coef("ppo", "--kl_coef", "0.2"), kl_coef("ppo:kl_coef=0.3", "--kl_coef", "0.2")) == (0.2, 0.3)
 
 
 def test_comparison_end_to_end_and_once_more(tmp_path, capsys):
@@ -316,7 +341,7 @@ def test_comparison_end_to_end_and_once_more(tmp_path, capsys):
     assert main(argv) == 0 and (tmp_path / "summary.md").read_text() == summary
     assert before == [place.stat().st_mtime_ns for place in places]
 
-    config, _ = program.settings_of(label, 3, parse_flags(to_argv(GAME)), tmp_path)
+    config, _ = program.settings_of(label, 3, to_argv(GAME), tmp_path)
     mixture = evaluation_of(config)  # at eta 1 the policy is that of the end, at eta 0 that of the start
     first, last, names = plain["3"][0], plain["3"][-1], ("reward", "drift", "bleu_de", "bleu_en", "kl")
     assert mixture(1.0) == pytest.approx({name: last[name] for name in names}, rel=1e-5)
@@ -373,14 +398,14 @@ def test_a_stopped_comparison_ends_its_runs(tmp_path, number):
             [sys.executable, str(program_file), *argv], stderr=output, preexec_fn=in_the_background
         )
     places = [tmp_path / method / "seed0" / "metrics.jsonl" for method in ("elastic-reset", "ppo")]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not all(place.exists() and place.read_text().count("\n") > 1 for place in places):
         assert time.monotonic() < deadline and comparison.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.1)
     children = psutil.Process(comparison.pid).children()
     assert len(children) == 2
     comparison.send_signal(number)
-    assert comparison.wait(60) == 128 + number
+    assert comparison.wait(300) == 128 + number
     assert (tmp_path / "output").read_text().endswith("compare.py: stopped; the same command goes on\n")
     assert not any(child.is_running() for child in children)
     for place in places:

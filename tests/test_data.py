@@ -1,13 +1,17 @@
-"""Sections 6 and 7: data and models from folders like the hub's, training from scratch, small worlds."""
+"""Sections 6 to 9: data and models from folders like the hub's, training from scratch, small worlds."""
 
 import hashlib
+import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, before_training
 from transformers import MarianConfig, MarianMTModel, MarianTokenizer, T5Config, T5ForConditionalGeneration
 
 import elastic_reset
@@ -124,7 +128,7 @@ def test_a_game_between_loaded_models_of_different_kinds(tmp_path, tiny, dtype):
     )
     flags = tiny | models | dict(data=str(tmp_path / "game"), dtype=dtype, learning_rate=1e-2)
     task = TranslationGame(configure(**flags))
-    assert task.policy.dtype == task.receiver[0].dtype == getattr(torch, dtype)
+    assert task.policy.dtype == task.receiver.dtype == getattr(torch, dtype)
     english = " ".join(rows[0]["en"].split())
     assert task.tokenizer.decode(task.tokenizer(text_target=english)["input_ids"][:-1]) == english
     history = train(configure(**flags))["history"]
@@ -133,27 +137,143 @@ def test_a_game_between_loaded_models_of_different_kinds(tmp_path, tiny, dtype):
     assert again.config.model_type == "marian"
 
 
-def test_pretraining_is_cached_by_what_made_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    pairs = [("a b", "c d"), ("b a", "d c")]
-    fits, whole_fit = [], elastic_reset.fit
-    monkeypatch.setattr(elastic_reset, "fit", lambda *args: (fits.append(1), whole_fit(*args)))
+PAIRS = [("a b", "c d"), ("b a", "d c")]
 
-    def folder(pairs=pairs, updates=1, seed=0, **settings):
-        config = configure(d_model=settings.pop("d_model", 16), **settings)
-        how = (["a b c d"], pairs, likelihood_loss, updates, config)
-        path = pretrained("sender", "Seq2SeqLM", "marian", *how, seed=seed)
-        assert {"config.json", "model.safetensors"} <= {file.name for file in Path(path).iterdir()}
-        return path
 
-    first = folder()
-    assert folder() == folder(learning_rate=0.1) == folder(batch_size=64) == first and len(fits) == 1
-    others = [folder(d_model=24), folder(updates=2), folder(pairs=pairs[1:]), folder(seed=1)]
-    monkeypatch.setattr(elastic_reset, "CACHE_VERSION", elastic_reset.CACHE_VERSION + 1)
-    others.append(folder())
-    assert len({first, *others}) == 6 == len(fits)
+def pretrained_folder(
+    pairs=PAIRS, updates=1, seed=0, loss=likelihood_loss, head=None, d_model=16, **settings
+):
+    """The folder of a tiny translator that is trained on pairs, or found in the cache."""
+    config = configure(d_model=d_model, **settings)
+    path = pretrained(
+        "sender", "Seq2SeqLM", pairs, loss, updates=updates, config=config, family="marian",
+        texts=["a b c d"], seed=seed, **(head or {}),
+    )  # fmt: skip
+    assert {"config.json", "model.safetensors"} <= {file.name for file in Path(path).iterdir()}
+    return path
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache, and a list that grows with each model that is trained."""
+    trained = []
+    before_training(monkeypatch, lambda: trained.append(1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return trained
+
+
+def test_pretraining_is_cached_by_what_made_it(own_cache):
+    first = pretrained_folder()
+    same = [pretrained_folder(), pretrained_folder(learning_rate=0.1), pretrained_folder(batch_size=64)]
+    assert set(same) == {first} and len(own_cache) == 1
+    others = [
+        pretrained_folder(d_model=24), pretrained_folder(updates=2), pretrained_folder(pairs=PAIRS[1:]),
+        pretrained_folder(seed=1), pretrained_folder(head=dict(decoder_layerdrop=0.1)),
+        pretrained_folder(head=dict(decoder_layerdrop=0.2)),
+    ]  # fmt: skip
+    assert len({first, *others}) == 7 == len(own_cache)
     with pytest.raises(ValueError, match="neither a model nor data to train one for the sender"):
-        folder(pairs=[])
+        pretrained_folder(pairs=[])
+
+
+def functions_of(folder, source):
+    """The module in a file of its own with this source, as someone would write it who changes a function."""
+    number = len(list(folder.glob("own*.py")))
+    path = folder / f"own{number}.py"
+    path.write_text(
+        "from elastic_reset import fit, likelihood_loss, small_shape, target_logprobs, train_tokenizer\n"
+        + source
+    )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+LOSS = """
+WEIGHT = {weight}
+
+def weighted(loss):
+    return {formula}
+
+def own_loss(model, tokenizer, sources, targets, max_length):
+    return weighted(likelihood_loss(model, tokenizer, sources, targets, max_length))
+"""
+
+
+def test_pretraining_is_cached_by_the_code_of_its_loss(tmp_path, own_cache):
+    """And by that of what the loss calls and reads."""
+    folders = [pretrained_folder()]
+    for formula, weight in [("WEIGHT * loss", 1.0), ("WEIGHT * loss + 1", 1.0), ("WEIGHT * loss", 2.0)]:
+        source = LOSS.format(formula=formula, weight=weight)
+        folders.append(pretrained_folder(loss=functions_of(tmp_path, source).own_loss))
+        assert pretrained_folder(loss=functions_of(tmp_path, source).own_loss) == folders[-1]
+    assert len(set(folders)) == 4 == len(own_cache)
+
+
+OTHERS = """
+def own(*args, **head):
+    made = {name}(*args, **head)
+    assert {number}
+    return made
+"""
+
+
+@pytest.mark.parametrize("name", ["small_shape", "train_tokenizer", "target_logprobs", "fit"])
+def test_pretraining_is_cached_by_the_code_of_its_parts(name, tmp_path, own_cache, monkeypatch):
+    """Functions that stand in for ours, in files of their own."""
+    folders, modules = [pretrained_folder()], []
+    for number in (1, 2):
+        modules.append(functions_of(tmp_path, OTHERS.format(name=name, number=number)))
+    for module in modules:
+        monkeypatch.setattr(elastic_reset, name, module.own)
+        folders.append(pretrained_folder())
+        assert pretrained_folder() == folders[-1]
+    assert len(set(folders)) == 3 == len(own_cache)
+
+
+WAITING = """
+import os, sys, time
+from pathlib import Path
+import pytest
+from conftest import before_training
+from elastic_reset import configure, likelihood_loss, load_model, pretrained
+place, name = Path(sys.argv[1]), sys.argv[2]
+def wait():
+    (place / f"trains {name}").touch()
+    while len(list(place.glob("asks *"))) < 2:
+        time.sleep(0.01)
+    time.sleep(1)  # the other one has asked, too
+before_training(pytest.MonkeyPatch(), wait)
+config = configure(d_model=16)
+(place / f"asks {name}").touch()
+folder = pretrained(
+    "sender", "Seq2SeqLM", [("a b", "c d")], likelihood_loss, updates=1, config=config, family="marian",
+    texts=["a b c d"]
+)
+load_model("sender", folder, "Seq2SeqLM", config)
+print(folder)
+"""
+
+
+def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
+    environment = os.environ | dict(
+        XDG_CACHE_HOME=str(tmp_path / "cache"), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"
+    )
+    how = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", WAITING, str(tmp_path)]
+    both = [subprocess.Popen([*words, name], **how) for name in "ab"]
+    try:
+        texts = [process.communicate(timeout=200) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], texts
+    assert texts[0][0] == texts[1][0] and Path(texts[0][0].strip()).is_dir()
+    assert len(list(tmp_path.glob("trains *"))) == 1 and len(list(tmp_path.glob("asks *"))) == 2
+    cached = [path.name for path in (tmp_path / "cache" / "elastic_reset").iterdir() if path.is_dir()]
+    assert len(cached) == 1 and not cached[0].endswith(".partial")
 
 
 def test_pretraining_learns():
@@ -164,7 +284,7 @@ def test_pretraining_learns():
     pairs = [("a a", "c c"), ("b b", "d d")] * 50
     fit(model, tokenizer, pairs, likelihood_loss, 200, config, "")
     model.eval()
-    assert translate(model, tokenizer, ["a a", "b b"], 16, 8) == ["c c", "d d"]
+    assert translate(model, tokenizer, ["a a", "b b"], 16, response_length=8) == ["c c", "d d"]
     right, wrong = (mean_nll(model, tokenizer, ["a a"], [german], 16) for german in ("c c", "d d"))
     assert right < 0.1 < wrong
 

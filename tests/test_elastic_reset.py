@@ -1,7 +1,10 @@
 """Section 1: the average and the reset."""
 
 import copy
+import gc
+import io
 import os
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -203,11 +206,14 @@ def test_state_of_another_policy_changes_nothing(backend):
     elastic = ElasticReset(model)
     good = {name: torch.full_like(tensor, 7) for name, tensor in elastic.state_dict().items()}
     before = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
-    wrong = [ElasticReset(other).state_dict(), {}, good | {"extra": torch.zeros(1)}, good | {"updates": 3}]
+    wrong = [ElasticReset(other).state_dict(), {}, good | {"extra": torch.zeros(1)}]
+    wrong += [good | {"updates": torch.tensor(3.0)}, good | {"init.bias": torch.zeros(2, 1)}]
     wrong.append({name: tensor for name, tensor in good.items() if name != "init.bias"})
     for state in wrong:
-        with pytest.raises(ValueError, match="this policy's"):
+        with pytest.raises(ValueError, match="not this policy's state"):
             elastic.load_state_dict(state)
+    with pytest.raises((ValueError, AttributeError)):
+        elastic.load_state_dict(good | {"updates": 3})  # no tensor
     torch.testing.assert_close(elastic.state_dict(), before, rtol=0, atol=0)
     elastic.load_state_dict(good)
     torch.testing.assert_close(elastic.state_dict(), good, rtol=0, atol=0)
@@ -216,10 +222,10 @@ def test_state_of_another_policy_changes_nothing(backend):
 def test_unusable_arguments():
     model = nn.Linear(2, 2)
     for error, arguments in {
-        "decay 1.5": dict(decay=1.5),
-        "decay nan": dict(decay=float("nan")),
-        "reset_every 0": dict(reset_every=0),
-        "reset_every 2.5": dict(reset_every=2.5),
+        "decay is 1.5": dict(decay=1.5),
+        "decay is nan": dict(decay=float("nan")),
+        "reset_every is 0": dict(reset_every=0),
+        "reset_every is 2.5": dict(reset_every=2.5),
         "one of elastic, ema, init, none": dict(reset="both"),
     }.items():
         with pytest.raises(ValueError, match=error):
@@ -411,6 +417,48 @@ def test_a_copy_of_both_is_of_its_own(backend):
     assert values_of(twin.parameters()) == {2.0} and elastic.backend == twins.backend == backend
 
 
+def by_deepcopy(pair):
+    twins = copy.deepcopy(pair)
+    return lambda: copy.deepcopy(twins)
+
+
+def by_pickle(pair):
+    text = pickle.dumps(pair)
+    return lambda: pickle.loads(text)
+
+
+def by_torch(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    return lambda: torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def all_are(tensors, value):
+    return all(bool((t == value).all()) for t in tensors)
+
+
+@pytest.mark.parametrize("memory", ["free", "the same"])
+@pytest.mark.parametrize("kept", [by_deepcopy, by_pickle, by_torch])
+def test_a_copy_outlives_what_it_was_made_of(kept, memory, backend):
+    """The originals' memory is free, so that the copy's parameters may come to lie just where those did."""
+    for size in (1, 2, 3, 5, 16, 30, 100, 1000, 5000, 30_000):
+        model = filled(nn.Sequential(nn.Linear(size, 1), nn.Linear(1, size)), 1.0)
+        elastic = ElasticReset(model, decay=0.5)
+        elastic.update()
+        again, places = kept((model, elastic)), [p.data for p in model.parameters()] * (memory != "free")
+        del model, elastic
+        gc.collect()
+        model, elastic = again()
+        for p, place in zip(model.parameters(), places, strict=False):
+            p.data = place.copy_(p.data)
+        filled(model, 3.0)
+        elastic.update()
+        assert all_are(elastic.ema, 2.0) and all_are(elastic.init, 1.0), size
+        elastic.reset()
+        assert all_are(model.parameters(), 2.0) and all_are(elastic.ema, 1.0), size
+        assert elastic.updates == 2 and elastic.backend == backend
+
+
 def test_two_processes():
     """DDP, and FSDP2's shards: see what_each_process_sees()."""
     code = "import test_elastic_reset as tests; tests.what_each_process_sees()"
@@ -421,7 +469,7 @@ def test_two_processes():
     run = [sys.executable, "-c", code]
     both = [subprocess.Popen(run, env=environment | dict(RANK=rank), **how) for rank in "01"]
     try:
-        texts = [process.communicate(timeout=100)[0] for process in both]
+        texts = [process.communicate(timeout=600)[0] for process in both]
     finally:
         for process in both:
             process.kill()

@@ -1,10 +1,10 @@
-"""Section 2: PPO's mathematics, each function against a slower or independent way to the same number."""
+"""Sections 3 and 4: PPO's mathematics and the policy, each function against a slower or independent way to the same number."""
 
 import copy
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,7 +23,8 @@ from elastic_reset import (
     reference_logprobs,
     respond,
     response_inputs,
-    set_plain_generation,
+    response_texts,
+    score_responses,
     shape_rewards,
     whiten,
 )
@@ -57,9 +58,7 @@ def gpt2(**settings):
 
 def prepared(make):
     torch.manual_seed(0)
-    model = make().eval()
-    set_plain_generation(model)
-    return model
+    return make().eval()
 
 
 @pytest.fixture(params=[marian, gpt2])
@@ -73,7 +72,7 @@ PROMPTS = [" ".join(map(word, [2 + i, 29 - i, 4, 5, 6][: 2 + i % 4])) for i in r
 def rollout(policy, n=8, response_length=12, **settings):
     """n responses to each prompt, and the texts."""
     torch.manual_seed(2)
-    return respond(policy, tokenizer(), PROMPTS * n, response_length, **settings)
+    return respond(policy, tokenizer(), PROMPTS * n, response_length=response_length, **settings)
 
 
 def random_mask(batch=5, response=7):
@@ -225,8 +224,8 @@ def test_sampling_follows_the_scored_distribution(policy, temperature, shortest)
         for p in policy.parameters():
             p.mul_(4)  # a distribution that is far from uniform
         torch.manual_seed(0)
-        how = dict(temperature=temperature, shortest=shortest)
-        batch, _ = respond(policy, tokenizer(), PROMPTS[3:4] * 4000, 1, **how)
+        how = dict(temperature=temperature, min_response_length=shortest)
+        batch, _ = respond(policy, tokenizer(), PROMPTS[3:4] * 4000, response_length=1, **how)
         first = {name: tensor[:1] for name, tensor in batch.items()}
         probabilities = probabilities_of(ActorCritic(policy, **how), first)[0, 0]
         others = probabilities_of(ActorCritic(policy, temperature=1.5 * temperature), first)[0, 0]
@@ -239,8 +238,8 @@ def test_no_end_before_the_shortest_response(policy):
     layer = policy.get_output_embeddings()
     layer.bias = torch.nn.Parameter(2.0 * torch.eye(30)[1])  # EOS becomes frequent
     with torch.no_grad():
-        batch, _ = rollout(policy, 50, 8, shortest=3)
-        ends = probabilities_of(ActorCritic(policy, shortest=3), batch)[:, :, 1]
+        batch, _ = rollout(policy, 50, 8, min_response_length=3)
+        ends = probabilities_of(ActorCritic(policy, min_response_length=3), batch)[:, :, 1]
     assert batch["mask"].sum(1).min() == 4 and not ends[:, :3].any()
     expected = ends[:, 3].mean().item()
     assert 0.05 < expected < 0.95
@@ -254,12 +253,23 @@ def test_greedy_takes_the_likeliest_tokens(policy):
     assert torch.equal(likeliest[batch["mask"]], batch["responses"][batch["mask"]])
 
 
+def test_a_response_is_decoded_alone_where_its_prompt_s_text_changes():
+    """This tokenizer tidies "it 's" up to "it's", so behind the prompt "it '" no response would begin."""
+    pieces = ["it", " '", "s", " fine", "!"]
+    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="!"))
+    words.decoder = decoders.Fuse()
+    tidy = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=True)
+    prompts, responses = torch.tensor([[0, 1], [0, 3]]), torch.tensor([[2, 3], [1, 2]])
+    assert tidy.decode([0, 1]) == "it '" and tidy.decode([0, 1, 2, 3]) == "it's fine"
+    assert response_texts(tidy, prompts, responses) == ["s fine", "'s"]
+
+
 def test_prompts_that_do_not_fit():
     with pytest.raises(ValueError, match="prompts have 2 to 5 tokens; expected 1 to 4"):
-        respond(prepared(gpt2), tokenizer(), PROMPTS, 28)
+        respond(prepared(gpt2), tokenizer(), PROMPTS, response_length=28)
     with pytest.raises(ValueError, match="prompts have 0 to 1 tokens"):
-        respond(prepared(gpt2), tokenizer(), [word(5), ""], 4)
-    batch, _ = respond(prepared(marian), tokenizer(), PROMPTS, 4, max_length=3)
+        respond(prepared(gpt2), tokenizer(), [word(5), ""], response_length=4)
+    batch, _ = respond(prepared(marian), tokenizer(), PROMPTS, response_length=4, max_length=3)
     assert batch["attention_mask"].sum(1).tolist() == [min(3, len(prompt.split())) for prompt in PROMPTS]
 
 
@@ -311,7 +321,7 @@ def test_ratio_is_one_before_the_first_step(policy):
 
 def test_entropy_where_it_is_asked_for(policy):
     batch, _ = rollout(policy)
-    model = ActorCritic(policy, temperature=0.8, shortest=2)
+    model = ActorCritic(policy, temperature=0.8, min_response_length=2)
     p = probabilities_of(model, batch).double()
     expected = -torch.special.xlogy(p, p).sum(-1) * batch["mask"]
     without, entropy = (model(batch, asked)[2] for asked in (False, True))
@@ -321,8 +331,8 @@ def test_entropy_where_it_is_asked_for(policy):
 
 def test_gradient_is_that_of_logits_without_the_forbidden_tokens(policy):
     """forbid() writes into logits that autograd knows of: against log-softmax over the other tokens alone."""
-    batch, _ = rollout(policy, 1, 6, shortest=6)
-    own, slow = ActorCritic(policy, 0.7, shortest=6), copy.deepcopy(policy)
+    batch, _ = rollout(policy, 1, 6, min_response_length=6)
+    own, slow = ActorCritic(policy, 0.7, min_response_length=6), copy.deepcopy(policy)
     own_logprobs, _, entropy = own(batch, with_entropy=True)
     inputs = response_inputs(slow, batch["input_ids"], batch["attention_mask"], batch["responses"])
     logits = slow(**inputs).logits[:, -6:, 2:] / 0.7
@@ -364,17 +374,70 @@ def test_reference_logprobs_against_a_real_copy(policy, which):
         with elastic.averaged():
             frozen = copy.deepcopy(model)
     expected, own = (m(batch)[0] for m in (frozen, model))
-    actual = reference_logprobs(model, elastic.by_name(getattr(elastic, which)), batch)
+    actual = reference_logprobs(model, elastic, getattr(elastic, which), batch)
     assert not actual.requires_grad and (own - expected).abs().max() > 0.01
     torch.testing.assert_close(actual, expected.detach())
     assert torch.equal(model(batch)[0], own)  # the policy is as before
 
 
+def test_scoring_in_parts_gives_the_same(policy):
+    batch, _ = rollout(policy)
+    model, sizes = ActorCritic(policy, temperature=0.8, separate_value_model=True), []
+    torch.nn.init.normal_(model.value["head"].weight)
+    logprobs, values, _ = model(batch)
+    model.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0]["mask"])))
+    own = score_responses(model, batch, 5)
+    assert sizes == [13, 13, 13, 13, 12] and not own[0].requires_grad and not own[1].requires_grad
+    torch.testing.assert_close(own, (logprobs.detach(), values.detach()), rtol=1e-4, atol=1e-5)
+    without, _ = score_responses(model, batch, 5, with_values=False)
+    torch.testing.assert_close(without, own[0])
+
+
+def test_a_reference_leaves_every_parameter_the_object_it_was():
+    """Also in a module under two names."""
+    policy = prepared(gpt2)
+    first, second = policy.transformer.h
+    second.mlp = first.mlp
+    model, elastic = ActorCritic(policy), ElasticReset(policy, decay=0.5)
+    batch, _ = rollout(policy)
+    start = model(batch)[0].detach()
+    with torch.no_grad():
+        for p in elastic.params:
+            p.add_(0.1 * torch.randn_like(p))
+    before = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: p.detach().clone() for name, p in before.items()}
+    torch.testing.assert_close(reference_logprobs(model, elastic, elastic.init, batch, parts=3), start)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        assert p is before[name] and torch.equal(p, values[name]), name
+    assert second.mlp is first.mlp and not torch.allclose(model(batch)[0], start)
+
+
 # The value function.
 
 
+class Wrapped(torch.nn.Module):
+    """An output layer that says its weight and nothing else of itself."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, states):
+        return torch.nn.functional.linear(states, self.weight)
+
+
+def test_the_value_head_is_as_wide_as_the_output_layer():
+    policy = prepared(gpt2)
+    batch, _ = rollout(policy)
+    expected = ActorCritic(policy)(batch)
+    policy.set_output_embeddings(Wrapped(policy.get_output_embeddings()))
+    model = ActorCritic(policy)
+    assert model.value["head"].weight.shape == (1, 16)
+    torch.testing.assert_close(model(batch), expected)
+
+
 def test_values_start_at_zero_and_do_not_see_the_token_they_judge(policy):
-    batch, _ = rollout(policy, shortest=12)
+    batch, _ = rollout(policy, min_response_length=12)
     model = ActorCritic(policy)
     assert (model(batch)[1] == 0).all()
     torch.nn.init.normal_(model.value["head"].weight)

@@ -1,4 +1,4 @@
-"""Section 4: the three tasks, on the embedded data and on folders shaped like the hub's."""
+"""Sections 6 to 8: the three tasks, on the embedded data and on folders shaped like the hub's."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import metrics_of
+from conftest import metrics_of, refuse_training
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +29,7 @@ from elastic_reset import (
     distinct,
     mean_nll,
     pass_at_k,
+    qa_data,
     respond,
     toy_answer,
     toy_feeling,
@@ -186,7 +187,7 @@ def test_prompt_and_response_make_one_text(kind, monkeypatch):
         monkeypatch.setattr(
             policy, "generate", lambda input_ids, rest=rest, **_: torch.cat([input_ids, rest], 1)
         )
-        _, [response] = respond(policy, tokenizer, [prompt], rest.shape[1])
+        _, [response] = respond(policy, tokenizer, [prompt], response_length=rest.shape[1])
         assert (prompt + response).strip() == text
 
 
@@ -240,7 +241,7 @@ def answering(monkeypatch, answers):
     """Sampling gives these answers, one after the other."""
     given = iter(answers)
 
-    def respond(policy, tokenizer, prompts, *how):
+    def respond(policy, tokenizer, prompts, **how):
         return None, [next(given) for _ in prompts]
 
     monkeypatch.setattr(elastic_reset, "respond", respond)
@@ -346,7 +347,7 @@ def test_reference_is_the_model_with_its_adapter_off(stack):
         for p in elastic.params:
             p.add_(0.1 * torch.randn_like(p))
     batch, _ = respond(task.policy, task.tokenizer, task.prompts(4, 1), **config.sampling)
-    ours = elastic_reset.reference_logprobs(model, elastic.by_name(elastic.init), batch)
+    ours = elastic_reset.reference_logprobs(model, elastic, elastic.init, batch)
     with task.policy.disable_adapter():
         theirs, _, _ = model(batch)
     changed, _, _ = model(batch)
@@ -356,6 +357,50 @@ def test_reference_is_the_model_with_its_adapter_off(stack):
 def test_a_model_without_a_trained_head_is_no_reward_model(stack):
     with pytest.raises(ValueError, match="score.weight is not trained"):
         TechnicalQA(configure(**stack | dict(reward_model=stack["model"])))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "marian", "llama"])
+def test_a_folder_named_like_a_family_is_a_model(name, stack, tmp_path, monkeypatch):
+    """Nothing is trained from scratch in its place."""
+    monkeypatch.chdir(tmp_path)
+    vocabulary = AutoTokenizer.from_pretrained("llama").get_vocab()
+    (tmp_path / "llama").rename(name)
+    monkeypatch.setattr(elastic_reset, "train_tokenizer", lambda *_, **__: pytest.fail("from scratch"))
+    task = TechnicalQA(configure(**stack | dict(model=name)))
+    assert task.tokenizer.get_vocab() == task.scorer_tokenizer.get_vocab() == vocabulary
+    assert task.policy.config.model_type == task.scorer.config.model_type == "llama"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "marian", "llama"])
+@pytest.mark.parametrize("task", ["translation", "imdb", "qa"])
+def test_a_family_is_no_model(name, task, tmp_path, capsys, monkeypatch):
+    """Without a folder it is a hub name, like any other, and here the hub is out of reach."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    refuse_training(monkeypatch)
+    assert elastic_reset.main(["--task", task, "--model", name]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"'{name}'" in line and "couldn't find them in the cached files" in line
+
+
+def test_held_out_preferences_are_about_other_questions(tmp_path):
+    rows = [
+        dict(question=f"why {q}?", response_j=f"because {q} {i}", response_k=f"no {q} {i}")
+        for i in range(4)
+        for q in range(60)
+    ]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = qa_data(configure(task="qa", data=str(tmp_path)))
+    asked = {
+        part: {text.split("\n")[0] for pair in data[part] for text in pair}
+        for part in ("preferences", "held_out")
+    }
+    assert not asked["preferences"] & asked["held_out"]
+    assert len(asked["held_out"]) == 3 and len(asked["preferences"]) == 57
+    assert len(data["held_out"]) == 12 and len(set(data["held_out"] + data["preferences"])) == 240
+    assert all("because" in better and "no" in worse for better, worse in data["held_out"])
 
 
 def test_long_questions_are_left_out(stack):

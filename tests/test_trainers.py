@@ -71,7 +71,7 @@ def go_on(tmp_path, checkpoint, output_dir, max_steps=8, named=False):
 
 
 def test_what_cannot_work_is_refused_early(model, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="decay 3"):
+    with pytest.raises(ValueError, match="decay is 3"):
         trained(model, tmp_path / "run", ElasticResetCallback(decay=3)).train()
     with pytest.raises(ValueError, match="auto_find_batch_size"):
         trained(model, tmp_path / "run", ElasticResetCallback(), auto_find_batch_size=True).train()

@@ -1,7 +1,9 @@
-"""Sections 3 and 8: the loop, a run's folder, its checkpoints, interruptions, several processes."""
+"""Sections 5 and 10: the loop, a run's folder, its checkpoints, interruptions, several processes."""
 
 import copy
 import functools
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -16,9 +18,8 @@ import time
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import ROOT, contents, killed_within_update, metrics_of
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from conftest import ROOT, contents, killed_within_update, metrics_of, refuse_training
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import elastic_reset
 from elastic_reset import METHODS, TranslationGame, configure, main, train
@@ -68,7 +69,7 @@ def test_files_of_a_run(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "bleu_en" in printed and "nrefs:1|case:mixed|eff:no|tok:13a" in printed and str(run) in printed
     path = "foreach" if elastic_reset.ema_kernel is None else "rust"
-    assert f"resets: 2; averages: {path}, 0." in printed or f"averages: {path}, 1." in printed
+    assert f"\nresets: 2; averages: {path}; BLEU: nrefs:1|" in printed
     assert result["start"]["update"] == 0 and result["end"]["event"] == "after reset"
 
 
@@ -111,13 +112,42 @@ def test_early_stop(tiny, monkeypatch):
     assert len(passes) == 4 * 2  # each update ends after its first epoch of two minibatches
 
 
-def test_gradient_accumulation_changes_nothing_but_memory(tiny, tmp_path):
-    whole = train(configure(**tiny))["end"]
-    for steps in (3, 100):
-        flags = tiny | dict(gradient_accumulation_steps=steps, output_dir=str(tmp_path / str(steps)))
-        parts = train(configure(**flags))["end"]
-        for name in ("reward", "drift", "policy_loss", "clipfrac"):
-            assert parts[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-4)
+@pytest.mark.parametrize("kls, goes_on", [((0.3, 0.0), False), ((0.0, 0.15), True)])
+def test_early_stop_looks_at_the_mean_of_an_epoch(tiny, kls, goes_on, monkeypatch):
+    """The last minibatch's KL alone would say the opposite."""
+    passes, given = [], itertools.cycle(kls)
+    monkeypatch.setattr(
+        elastic_reset, "ppo_backward", lambda *args: passes.append(1) or dict(policy_kl=next(given))
+    )
+    train(configure(**tiny | dict(early_stop_kl=0.1, num_ppo_epochs=3, updates=1)))
+    assert len(passes) == (3 if goes_on else 1) * 2
+
+
+def test_gradient_accumulation_changes_nothing_but_memory(tiny, tmp_path, monkeypatch):
+    """Every pass is cut: those of sampling's scores, of the reference, of evaluations and of gradients."""
+    rows, forward, results = [], elastic_reset.ActorCritic.forward, {}
+
+    def counting(self, batch, *args, **settings):
+        rows.append(len(batch["mask"]))
+        return forward(self, batch, *args, **settings)
+
+    monkeypatch.setattr(elastic_reset.ActorCritic, "forward", counting)
+    for steps in (1, 3, 100):
+        rows.clear()
+        flags = dict(gradient_accumulation_steps=steps, output_dir=str(tmp_path / str(steps)), kl_coef=0.1)
+        results[steps] = train(configure(**tiny | flags))["end"]
+        assert max(rows) == math.ceil(16 / steps)
+        for name in ("reward", "drift", "kl", "train_kl", "policy_loss", "value_loss", "clipfrac", "gradient"):
+            assert results[steps][name] == pytest.approx(results[1][name], rel=1e-3, abs=1e-4)
+
+
+def test_accelerate_s_own_accumulation_changes_nothing(tiny, tmp_path):
+    """Its environment variable would divide each loss by four."""
+    train(configure(**tiny))
+    other = command(tiny | dict(output_dir=str(tmp_path / "other")))
+    environment = os.environ | dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    subprocess.run(other, env=environment, check=True, capture_output=True)
+    assert metrics_of(tmp_path / "other") == metrics_of(tmp_path / "run")
 
 
 def test_adaptive_kl_follows_its_equation(tiny):
@@ -132,12 +162,54 @@ def test_adaptive_kl_follows_its_equation(tiny):
 
 def test_value_learning_rate_is_the_head_s(tiny):
     config = configure(**tiny | dict(value_learning_rate=0.5, learning_rate=0.0))
-    model, optimizer = elastic_reset.actor_critic(TranslationGame(config).policy, config, Accelerator())
+    policy, accelerator = TranslationGame(config).policy, elastic_reset.processes()
+    model, optimizer = elastic_reset.prepare_policy(policy, config, accelerator)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(rates) == len(trainable)
     for name, p in trainable.items():
         assert rates[id(p)] == (0.5 if name.startswith("value.") else 0.0), name
+
+
+# ---- trackers
+
+
+def logged(folder):
+    """{(name, update): value} of a run's event files for TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance=dict(scalars=0)).Reload()
+    names = events.Tags()["scalars"]
+    return {(name, event.step): event.value for name in names for event in events.Scalars(name)}
+
+
+def test_tensorboard_sees_every_evaluation_and_goes_on(tiny, tmp_path):
+    flags = tiny | dict(report_to="tensorboard", eval_every=1)
+    train(configure(**flags | dict(updates=3)))
+    expected = {}
+    for history in (metrics_of(tmp_path / "run"), train(configure(**flags | dict(resume=True)))["history"]):
+        for line in history:
+            side = "before_reset/" if line["event"] == "before reset" else ""
+            for name in line.keys() - {"update", "event", "seconds"}:
+                expected[side + name, line["update"]] = line[name]
+        found = logged(tmp_path / "run")
+        assert found.keys() >= expected.keys() and ("before_reset/reward", 2) in expected
+        assert {place: found[place] for place in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert {update for name, update in expected if name == "reward"} == {0, 1, 2, 3, 4}
+    assert expected["before_reset/kl", 4] != expected["kl", 4]
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed(tiny, tmp_path, package, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    missing = lambda name, *args: None if name == package else find(name, *args)  # noqa: E731
+    refuse_training(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    monkeypatch.setattr(TranslationGame, "__init__", lambda *args: pytest.fail("it made the task"))
+    assert main(to_argv(tiny | dict(report_to=package))) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"report_to is {package}; that needs `pip install {package}`")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 # ---- whose folder it is
@@ -159,7 +231,7 @@ def test_a_folder_of_others_is_refused_untouched(tiny, tmp_path, kind, resume, c
         (folder / "config.json").write_text('{"model_type": "marian"}')
         changes = dict(model=str(folder))
     before = contents(tmp_path)
-    monkeypatch.setattr(elastic_reset, "fit", None)  # nothing is pretrained
+    refuse_training(monkeypatch)
     assert main(to_argv(tiny | changes | dict(resume=resume))) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and str(run) in errors
@@ -171,7 +243,7 @@ def test_a_folder_with_a_run_is_refused_untouched_and_resumed_when_asked(tiny, t
     before = contents(tmp_path)
     inside = dict(model=str(tmp_path / "run" / "model"), resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(elastic_reset, "fit", None)
+        refuse_training(patch)
         for changes, message in [
             ({}, "holds a run: go on with --resume true, or choose another"),
             (dict(resume=True, learning_rate=0.1), "holds a run with learning_rate 0.0002, not 0.1"),
@@ -204,17 +276,15 @@ def test_damaged_checkpoints(tiny, tmp_path, capsys):
     damages = [b"", good[: len(good) // 2], b"no checkpoint", torch.ones(2), dict(weight=torch.ones(2))]
     damages += [state | dict(history=Code(f"touch {trace}")), state | dict(parts={})]
     damages += [{name: part for name, part in state.items() if name != "history"}]
-    damages += [state | dict(update="1"), state | dict(kl_coef=None)]
-    slots = copy.deepcopy(state)
-    del slots["parts"]["optimizer"]["state"][0]["exp_avg"]
+    damages += [state | dict(update="one"), state | dict(kl_coef=None), state | dict(history=[])]
     for part, name, value in [
         ("model", "value.head.bias", torch.ones(2)),
         ("model", "value.head.bias", torch.ones(1, dtype=torch.int64)),
-        ("receiver_optimizer", "param_groups", []),
+        ("task.receiver_optimizer", "param_groups", []),
         ("elastic", "updates", torch.tensor(0.5)),
     ]:
         damages.append(state | dict(parts=state["parts"] | {part: state["parts"][part] | {name: value}}))
-    damages += [slots, state | dict(parts=state["parts"] | dict(other={}))]
+    damages.append(state | dict(parts=state["parts"] | dict(other={})))
     for damage in damages:
         if isinstance(damage, bytes):
             checkpoint.write_bytes(damage)
@@ -237,7 +307,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tiny, tmp_path, capsys):
     newest.write_bytes(damaged)
     capsys.readouterr()
     assert main(to_argv(flags | dict(resume=True))) == 0
-    assert f"checkpoint {newest} is damaged or another's: a checksum is wrong" in capsys.readouterr().err
+    assert f"checkpoint {newest} is damaged or another run's: a checksum is wrong" in capsys.readouterr().err
     assert metrics_of(tmp_path / "run") == expected
 
 
@@ -409,10 +479,9 @@ SHORT = dict(updates=1, response_length=6, batch_size=4, mini_batch_size=4)
 class Vowels:
     """A task unlike ours: a decoder that answers from scratch is paid for the letter a."""
 
-    trained, footnote = {}, ""
     validation_prompts = ["b c", "d"] * 50
 
-    def __init__(self):
+    def __init__(self, config=None):
         self.tokenizer = elastic_reset.train_tokenizer(["a b c d e"], configure())  # it pads on the right
         torch.manual_seed(0)
         shape = GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32)
@@ -444,6 +513,105 @@ def test_a_users_own_task_learns_in_a_thread_too(tmp_path):
     assert result["start"]["reward"] < 0.35 and max(line["reward"] for line in result["history"]) > 0.8
 
 
+def test_a_fourth_task_needs_no_more_than_its_class(tmp_path, monkeypatch, capsys):
+    class Letters(Vowels):
+        preset = SHORT | dict(updates=2, learning_rate=0.03)
+
+    monkeypatch.setitem(elastic_reset.TASKS, "letters", Letters)
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "; qa 120; letters 2)" in text and "; letters 0.03)" in text
+    others = dict(lora_r=4, reward_model="x", receiver_data=["y"], programs="z")  # of single tasks of ours
+    assert main(to_argv(dict(task="letters", output_dir=str(tmp_path / "run")) | others)) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings | Letters.preset | others | dict(task="letters") == settings
+    assert metrics_of(tmp_path / "run")[-1]["update"] == 2
+
+
+@pytest.mark.parametrize("error", [KeyError("word"), RuntimeError("of a library"), TypeError("None")])
+def test_a_mistake_in_a_task_is_shown_as_python_shows_it(tiny, error, monkeypatch):
+    def reward(self, prompts, responses):
+        raise error
+
+    monkeypatch.setattr(TranslationGame, "reward", reward)
+    with pytest.raises(type(error)) as raised:
+        main(to_argv(tiny))
+    assert raised.value is error and raised.traceback[-1].name == "reward"
+
+
+class WithHelper(Vowels):
+    """A second model learns too, under names that a run itself uses."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.helper = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
+        self.trained = dict(model=self.helper, optimizer=torch.optim.AdamW(self.helper.parameters(), 0.01))
+
+    def learn(self, prompts, responses):
+        loss = self.helper(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss
+        loss.backward()
+        self.trained["optimizer"].step()
+        self.trained["optimizer"].zero_grad()
+        return dict(helper_loss=loss.item())
+
+
+def test_a_second_model_is_resumed_and_saved_where_it_is_to_be(tmp_path):
+    flags, ends = SHORT | dict(eval_every=1), {}
+    for place, updates, resume in [("whole", 4, False), ("part", 2, False), ("part", 4, True)]:
+        task = WithHelper()
+        if place == "part":
+            own = elastic_reset.train_tokenizer(["x y z"], configure())
+            task.saved_models = dict(helper=(task.helper, own))
+        config = configure(output_dir=str(tmp_path / place), **flags | dict(updates=updates, resume=resume))
+        train(config, task=task)
+        ends[place] = task.helper.state_dict()
+    torch.testing.assert_close(ends["part"], ends["whole"], rtol=0, atol=0)
+    assert metrics_of(tmp_path / "part") == metrics_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "part")[-1]["helper_loss"] < metrics_of(tmp_path / "part")[1]["helper_loss"]
+
+    folders = {place: {p.name for p in (tmp_path / place).iterdir() if p.is_dir()} for place in ends}
+    assert folders == dict(whole={"model", "checkpoint"}, part={"model", "checkpoint", "helper"})
+    for name, word, width in (("model", "a", 16), ("helper", "x", 8)):
+        assert GPT2LMHeadModel.from_pretrained(tmp_path / "part" / name).config.n_embd == width
+        assert word in AutoTokenizer.from_pretrained(tmp_path / "part" / name).get_vocab()
+
+
+def test_a_module_under_two_names_is_trained(tmp_path):
+    """Two blocks share their feed-forward layers, and the penalty's reference looks through both."""
+    task = Vowels()
+    task.policy = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    task.policy.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
+    first, second = task.policy.transformer.h
+    second.mlp = first.mlp
+    parameters = dict(task.policy.named_parameters(remove_duplicate=False))
+    before = {name: p.detach().clone() for name, p in first.mlp.named_parameters()}
+    task.policy.save_pretrained = lambda folder: folder.mkdir()  # safetensors would not take shared tensors
+    train(configure(output_dir=str(tmp_path), **SHORT | dict(updates=3, kl_coef=0.1)), task=task)
+    assert second.mlp is first.mlp
+    for name, p in task.policy.named_parameters(remove_duplicate=False):
+        assert p is parameters[name], name
+    for name, p in first.mlp.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_policy_keeps_its_own_ways_of_generating(tmp_path, adapter):
+    from peft import LoraConfig, get_peft_model
+
+    own = dict(do_sample=True, top_p=0.8, temperature=0.6, repetition_penalty=1.3, max_new_tokens=7)
+    task = Vowels()
+    ways = task.policy.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1, **own)
+    before, base = ways.to_dict(), task.policy
+    if adapter:
+        task.policy = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    train(configure(output_dir=str(tmp_path), **SHORT | dict(kl_coef=0.1)), task=task)
+    assert base.generation_config is task.policy.generation_config is ways and ways.to_dict() == before
+    if not adapter:
+        delivered = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+        assert delivered | own | dict(pad_token_id=0, eos_token_id=1) == delivered
+
+
 def test_the_model_s_own_ways_of_generating_are_dropped_and_entropy_is_estimated(tmp_path):
     """A policy without a preference, but for the two tokens that its model never generates: log 7 nats."""
     task, answers, evaluate = Vowels(), [], Vowels.evaluate
@@ -460,17 +628,16 @@ def test_the_model_s_own_ways_of_generating_are_dropped_and_entropy_is_estimated
 
 def test_decoders_are_prompted_from_the_left():
     task = Vowels()
-    elastic_reset.set_plain_generation(task.policy)
     batch, _ = elastic_reset.respond(task.policy, task.tokenizer, ["b c", "d"], response_length=3)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
 
 
 UNUSABLE = {
-    "a taken name": (dict(trained=dict(optimizer=None)), "keyword argument 'optimizer'"),
     "too few prompts": (dict(prompts=lambda n, update: ["b"]), r"prompts\(\) gave 1; expected 4"),
     "no text": (dict(prompts=lambda n, update: [3] * n), "text input must be of type"),
     "long prompts": (dict(prompts=lambda n, update: ["b " * 26] * n), "27 tokens; expected 1 to 26"),
-    "too few rewards": (dict(reward=lambda *_: [1.0]), "invalid for input of size 1"),
+    "too few rewards": (dict(reward=lambda *_: [1.0]), r"reward\(\) gave what is not 4 numbers"),
+    "rewards without a number": (dict(reward=lambda *_: [None] * 4), r"reward\(\) gave what is not 4 numbers"),
     "no drift": (dict(evaluate=lambda responses: dict(reward=1.0)), "drift"),
     "words": (dict(evaluate=lambda responses: dict(reward="high", drift=1.0)), "high"),
 }
@@ -537,7 +704,9 @@ def test_an_adapter_of_the_embeddings(tmp_path):
 
 TWO = """
 import sys
+import time
 import torch
+import elastic_reset
 from elastic_reset import Run, configure, main, optimizer_step, processes
 from tutorials.compare import to_argv
 accelerator = processes()
@@ -550,6 +719,13 @@ accelerator.backward(factor * layer(torch.ones(1, 1)).sum())
 stats = optimizer_step(layer, optimizer, configure(max_grad_norm=1e9), accelerator)
 assert layer.weight.item() == -2.0 and stats["gradient"] == 2.0
 flags = FLAGS
+time.sleep(2 * accelerator.is_main_process)  # the other one must not train: it would save no weights
+pairs, config = [("a b", "b a")], configure(**flags | dict(d_model=8))
+loss = elastic_reset.likelihood_loss
+folder = elastic_reset.pretrained(
+    "other", "Seq2SeqLM", pairs, loss, updates=1, config=config, family="marian", texts=["a b"]
+)
+elastic_reset.load_model("other", folder, "Seq2SeqLM", config)
 for place, updates in [("whole", 4), ("part", 2), ("part", 4)]:
     assert main(to_argv(flags | dict(output_dir=f"{place}", updates=updates, resume=True))) == 0
 for task in ("imdb", "qa"):

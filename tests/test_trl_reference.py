@@ -1,4 +1,4 @@
-"""Section 2 against TRL 1.12.0: one PPO update of a tiny model, recorded by trl_reference.py, term by term.
+"""Sections 3 and 4 against TRL 1.12.0: one PPO update of a tiny model, recorded by trl_reference.py, term by term.
 
 Differences by design, and how the terms are compared all the same:
 
@@ -25,12 +25,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from elastic_reset import (
     ActorCritic,
+    ElasticReset,
     gae,
     gather_logprobs,
     ppo_loss,
     reference_logprobs,
     respond,
-    set_plain_generation,
     shape_rewards,
     whiten,
 )
@@ -70,7 +70,6 @@ def actor_critic(run):
     """Our model with TRL's weights: its value model has a head without a bias."""
     policy = GPT2LMHeadModel(GPT2Config(**ABOUT["gpt2"]))
     policy.load_state_dict(part("policy/"))
-    set_plain_generation(policy)
     model = ActorCritic(policy, *setting(run, "temperature"), separate_value_model=True)
     model.value["model"].load_state_dict(part("value/transformer."))
     model.value["head"].load_state_dict({"weight": FIGURES["value/score.weight"], "bias": torch.zeros(1)})
@@ -90,6 +89,12 @@ def scored(model, batch):
     logprobs, _, entropy = model(batch)
     _, values, _ = model(batch | dict(mask=batch["mask_p1"]))
     return logprobs, values, entropy
+
+
+def reference(model, batch):
+    """The log-probabilities under TRL's reference model, whose weights ours takes for the time of a pass."""
+    elastic, weights = ElasticReset(model.policy), part("reference/")
+    return reference_logprobs(model, elastic, [weights[name] for name in elastic.names], batch)
 
 
 def loss_over_two_masks(new, batch, clips):
@@ -113,7 +118,7 @@ def test_mask():
     trl, policy = part("ended/"), actor_critic("ended").policy
     policy.generate = lambda input_ids, **_: torch.cat([input_ids, trl["responses"]], 1)
     prompts = tokenizer().batch_decode(trl["queries"], skip_special_tokens=True)
-    batch, _ = respond(policy, tokenizer(), prompts, trl["responses"].shape[1])
+    batch, _ = respond(policy, tokenizer(), prompts, response_length=trl["responses"].shape[1])
     for ours, theirs in dict(input_ids="queries", responses="responses", mask="mask").items():
         assert batch[ours].equal(trl[theirs])
 
@@ -132,7 +137,7 @@ def test_forward_pass(run):
     logprobs, values, _ = scored(model, batch_of(trl))
     nearly(logprobs, trl["logprobs"], trl["mask"])
     nearly(values, trl["values"])
-    nearly(reference_logprobs(model, part("reference/"), batch_of(trl)), trl["ref_logprobs"], trl["mask"])
+    nearly(reference(model, batch_of(trl)), trl["ref_logprobs"], trl["mask"])
 
 
 @every_run
@@ -223,7 +228,7 @@ def test_whole_update(run):
     batch = batch_of(trl)
     with torch.no_grad():
         logprobs, values, _ = scored(model, batch)
-    ref_logprobs = reference_logprobs(model, part("reference/"), batch)
+    ref_logprobs = reference(model, batch)
     rewards = shape_rewards(trl["scores"], logprobs, ref_logprobs, batch["mask_p1"], kl_coef)
     advantages, returns = gae(rewards, values, batch["mask_p1"], gamma, lam)
     advantages = whiten(advantages, batch["mask"])

@@ -1,4 +1,5 @@
-"""README and tutorials: their Python blocks from top to bottom, their pictures, where their links lead."""
+"""README and tutorials: their Python blocks from top to bottom, their pictures, where their links lead, and
+the files of the paper's settings."""
 
 import json
 import os
@@ -10,6 +11,8 @@ import pytest
 from conftest import ROOT
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+from elastic_reset import METHODS, TASKS, configure, parse_flags
 
 CHAPTERS = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("[0-9]*.md"))]
 RESULTS = ROOT / "tutorials" / "results"
@@ -27,6 +30,46 @@ def test_chapter(path, monkeypatch, tmp_path):
         example.evaluate()
     shown = re.findall(r"!\[[^]]*\]\(figures/([^)]+\.png)\)", path.read_text(encoding="utf-8"))
     assert {picture.name for picture in tmp_path.glob("*.png")} == set(shown)
+
+
+def paper_config(task, *flags):
+    file = ROOT / "tutorials" / "paper" / f"{task}.yaml"
+    return configure(**parse_flags(["--config", str(file), *flags]))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_paper_s_settings_with_every_method(task):
+    """Of the task's preset for small models nothing is left; a method still sets what is its own."""
+    lines = (ROOT / "tutorials" / "paper" / f"{task}.yaml").read_text(encoding="utf-8").splitlines()
+    names = {line.partition(":")[0] for line in lines if re.match(r"\w", line)}
+    assert TASKS[task].preset.keys() | {"task"} <= names and "method" not in names
+    assert (paper_config(task).task, paper_config(task).method) == (task, "elastic-reset")
+    for method in METHODS:
+        penalty = (
+            ["--kl_coef", "0.05"] if task == "translation" and method in ("ppo-kl", "ema-reference") else []
+        )
+        config = paper_config(task, "--method", method, *penalty)
+        assert (config.method, config.ema_decay) == (method, 0.995)
+        assert config.reset == METHODS[method]["reset"]
+        if method in ("ppo", "reinforce"):
+            assert (config.kl_coef, config.kl_target, config.kl_reference) == (0, 0, "init")
+        if method in ("ppo-kl", "ema-reference"):
+            assert config.kl_coef == {"translation": 0.05, "imdb": 0.001, "qa": 0.02}[task]
+            assert config.kl_reference == METHODS[method]["kl_reference"]
+
+
+def test_the_paper_s_numbers():
+    game, reviews, questions = (paper_config(task) for task in ("translation", "imdb", "qa"))
+    assert (game.reset_every, game.kl_coef, game.learning_rate) == (1000, 0, 1e-4)
+    assert (reviews.reset_every, reviews.kl_target, reviews.kl_reference) == (17, 1, "ema")
+    assert (questions.reset_every, questions.ema_update, questions.kl_target) == (260, "epoch", 6)
+    assert questions.learning_rate == 1.41e-5 and questions.mini_batch_size == 128
+
+
+@pytest.mark.parametrize("method", ["ppo-kl", "ema-reference"])
+def test_a_penalty_in_the_paper_s_game_needs_a_coefficient(method):
+    with pytest.raises(ValueError, match="kl_coef is 0"):
+        paper_config("translation", "--method", method)
 
 
 def test_a_method_has_one_colour_everywhere():

@@ -205,7 +205,7 @@ def ready_ours(file, **settings):
 class Counting:
     """Our side's task. An update begins with a call of prompts()."""
 
-    validation_prompts, trained, footnote = ["w3 w5"], {}, ""
+    validation_prompts = ["w3 w5"]
 
     def __init__(self, vocabulary, clock):
         self.vocabulary, self.clock = vocabulary, clock

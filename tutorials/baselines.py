@@ -4,8 +4,9 @@
     python tutorials/baselines.py SIL --sil_every 50 --sil_sender_steps 5 --sil_receiver_steps 8 --seed 3
 
 All other flags are those of `python elastic_reset.py --help`, of which --task is translation and --method is
-ppo unless it is given. The run's folder (default runs/translation/S2P/seed3) gets the same files, config.json
-with the baseline's settings too, and --resume true goes on where a run was stopped.
+ppo unless it is given; a file of --config may have the baseline's settings too. The run's folder (default
+runs/translation/S2P/seed3) gets the same files, config.json with the baseline's settings too, and --resume
+true goes on where a run was stopped.
 
 S2P, supervised self-play (Lowe et al. 2020; in this game Lu et al. 2020, arXiv 2003.12694). The sender
 minimises, in every minibatch step,
@@ -38,9 +39,12 @@ one of them alone give up the others, generation by generation, and human Englis
 drift which no reward has caused."""
 
 import argparse
+import contextlib
 import copy
+import json
 import signal
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -55,28 +59,28 @@ from elastic_reset import (
     TranslationGame,
     adamw,
     configure,
-    flag,
     likelihood_loss,
     optimizer_step,
     parse_flags,
     respond,
+    setting,
     shuffled,
 )
 
 
 @dataclass
 class S2P(Config):
-    s2p_coef: float = flag(1.0, "weight of the supervised loss", 0)
+    s2p_coef: float = setting(1.0, "weight of the supervised loss", 0)
 
 
 @dataclass
 class SIL(Config):
-    sil_every: int = flag(50, "updates of the game in a generation", 1)
-    sil_sender_steps: int = flag(5, "steps in which the student sender imitates its teacher", 0)
-    sil_receiver_steps: int = flag(8, "steps in which the student receiver imitates its teacher", 0)
-    sil_batch_size: int = flag(128, "sentences of such a step", 1)
-    sil_learning_rate: float = flag(1e-3, "AdamW's in such a step", 0, 1)
-    sil_temperature: float = flag(0.0, "at which the texts to imitate are sampled; 0: greedily", 0, 100)
+    sil_every: int = setting(50, "updates of the game in a generation", 1)
+    sil_sender_steps: int = setting(5, "steps in which the student sender imitates its teacher", 0)
+    sil_receiver_steps: int = setting(8, "steps in which the student receiver imitates its teacher", 0)
+    sil_batch_size: int = setting(128, "sentences of such a step", 1)
+    sil_learning_rate: float = setting(1e-3, "AdamW's in such a step", 0, 1)
+    sil_temperature: float = setting(0.0, "at which the texts to imitate are sampled; 0: greedily", 0, 100)
 
 
 # ================================================== S2P ===================================================
@@ -113,7 +117,7 @@ class SeededIteratedLearning(TranslationGame):
 
     def __init__(self, config: SIL):
         super().__init__(config)
-        students = dict(sender=copy.deepcopy(self.policy), receiver=copy.deepcopy(self.receiver[0]))
+        students = dict(sender=copy.deepcopy(self.policy), receiver=copy.deepcopy(self.receiver))
         self.students = nn.ModuleDict(students)
         self.students.register_buffer("updates", torch.tensor(0))  # here, so that checkpoints hold it
         self.trained = self.trained | dict(students=self.students)
@@ -138,16 +142,17 @@ class SeededIteratedLearning(TranslationGame):
         optimizer = adamw((receiver, config.sil_learning_rate))
         for _ in range(config.sil_receiver_steps):
             english = self.say(sender, self.tokenizer, next(batches), config.response_length)
-            german = self.say(*self.receiver, english, config.max_length)
-            loss = self.imitate(receiver, self.receiver[1], english, german, optimizer)
+            german = self.say(self.receiver, self.receiver_tokenizer, english, config.max_length)
+            loss = self.imitate(receiver, self.receiver_tokenizer, english, german, optimizer)
             losses["sil_receiver_loss"] = loss
         self.policy.load_state_dict(sender.state_dict())
-        self.receiver[0].load_state_dict(receiver.state_dict())
+        self.receiver.load_state_dict(receiver.state_dict())
         return losses
 
     def say(self, model, tokenizer, texts, length):
         how = dict(temperature=self.config.sil_temperature, max_length=self.config.max_length)
-        return respond(model, tokenizer, texts, length, **how)[1]
+        _, responses = respond(model, tokenizer, texts, response_length=length, **how)
+        return responses
 
     def batches_of_french(self):
         """This process's batches of the game's French: those of a generation follow those of the last."""
@@ -194,38 +199,68 @@ def train_baseline(config: Config) -> dict:
     return elastic_reset.train(config, task(config))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help lists the flags")
-
-
 def parse(argv):
-    """The baseline's name, and all settings given by flags or by the file of --config."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("baselines.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    """The baseline's name, and all settings: the file of --config < the method < flags."""
+    parser = argparse.ArgumentParser(
+        "baselines.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("baseline", choices=BASELINES)
+    parser.add_argument("--config", metavar="FILE", help="YAML of flags, or a run's config.json; flags win")
     for baseline in BASELINES:
         group = parser.add_argument_group(baseline)
         for f in own_settings(baseline):
             about = f"{f.metadata['help']} (default {f.default})"
-            group.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, metavar="N", help=about)
+            group.add_argument(f"--{f.name}", type=f.type, metavar="N", help=about)
     own, rest = parser.parse_known_args(argv)
     own = vars(own)
-    return own.pop("baseline"), parse_flags(rest) | own
+    baseline = own.pop("baseline")
+    names = {f.name for f in own_settings(baseline)}
+    if others := own.keys() - names - {"config"}:
+        raise ValueError(f"{min(others)} is not a setting of {baseline}")
+    with tempfile.TemporaryDirectory() as folder:
+        if "config" in own:
+            path, own_of_file = divided(own.pop("config"), names, folder)
+            rest, own = ["--config", str(path), *rest], own_of_file | own
+        given = parse_flags(rest)
+        if "method" not in given:
+            given = parse_flags([*rest, "--method=ppo"])
+    return baseline, given | own
+
+
+def divided(path, names, folder):
+    """A copy, in `folder`, of a file of --config without the settings of these names; and {name: value}."""
+    import yaml
+
+    text, own = Path(path).read_text(encoding="utf-8"), {}
+    with contextlib.suppress(yaml.YAMLError, AttributeError):  # parse_flags() will say what is wrong
+        settings = yaml.safe_load(text)
+        own = {name: settings.pop(name) for name in names & settings.keys()}
+        text = json.dumps(settings)
+    copied = Path(folder, Path(path).name)
+    copied.write_text(text, encoding="utf-8")
+    return copied, own
 
 
 def main(argv=None) -> int:
     """The command line; exit codes as those of elastic_reset.py."""
+    warnings.simplefilter("ignore")
     try:
-        warnings.simplefilter("ignore")
         baseline, given = parse(sys.argv[1:] if argv is None else argv)
         train_baseline(configure_baseline(baseline, **given))
         return 0
-    except (Exception, KeyboardInterrupt) as error:
-        print(f"baselines.py: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        if isinstance(error, KeyboardInterrupt):
-            return 128 + getattr(error, "signum", signal.SIGINT)
-        return 1 if isinstance(error, (FloatingPointError, RuntimeError)) else 2
+    except FloatingPointError as error:
+        message, code = error, 1
+    except (ValueError, OSError) as error:
+        message, code = error, 2
+    except KeyboardInterrupt as error:
+        message, code = error, 128 + getattr(error, "signum", signal.SIGINT)
+    print(f"baselines.py: {' '.join(str(message).split()) or type(message).__name__}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

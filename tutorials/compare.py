@@ -15,9 +15,10 @@ be given again, also with more seeds or methods. OUTPUT_DIR (default runs/TASK/c
     basin.png       which learning rates and KL coefficients end well, if a method has several of both
 
 A method may have settings of its own, behind colons; a setting with several values, divided by |, stands for
-as many methods. What differs in kl_coef and learning_rate alone is one curve, and `ppo` is the curve of
-`ppo-kl` at the coefficient 0. Plain `ppo` also gives the curve of a policy that is stopped early, at each of
-its evaluations. Two settings are known here alone, and take evaluations without further training:
+as many methods. What a file of --config says, a method overrides; what other flags say, all methods share.
+What differs in kl_coef and learning_rate alone is one curve, and `ppo` is the curve of `ppo-kl` at the
+coefficient 0. Plain `ppo` also gives the curve of a policy that is stopped early, at each of its evaluations.
+Two settings are known here alone, and take evaluations without further training:
 
     ppo-kl:average=1   at the end, the moving average of the policy is evaluated too (Polyak averaging)
     ppo:mixtures=9     so are nine mixtures theta_0 + eta (theta - theta_0) of start and end, the last stage
@@ -55,12 +56,13 @@ GRACE = 30  # seconds that a run has to end its update and save a checkpoint whe
 # =========================================== Running the methods ============================================
 
 
-def compare(labels, seeds, jobs, given, command=(), chosen=None):
+def compare(labels, seeds, jobs, shared, command=(), chosen=None):
     """Trains every method on every seed, unless that is done, and writes the files. Returns the summary.
 
-    `labels`: methods as in --methods. `given`: settings that all of them share. `chosen`: {method: the
-    setting that was chosen for it before}. Raises ValueError for settings that cannot be used,
+    `labels`: methods as in --methods. `shared`: the flags that all of them share, a list of words. `chosen`:
+    {method: the setting that was chosen for it before}. Raises ValueError for settings that cannot be used,
     ChildProcessError when runs failed, KeyboardInterrupt when asked to stop."""
+    given = parse_flags(shared)
     task, first = given.get("task", "missing"), given.get("seed", 0)
     if task not in elastic_reset.TASKS:
         raise ValueError(f"--task is {task}; expected one of {', '.join(elastic_reset.TASKS)}")
@@ -70,7 +72,7 @@ def compare(labels, seeds, jobs, given, command=(), chosen=None):
         raise ValueError(f"--methods {','.join(labels)}: expected different ones, such as ppo,elastic-reset")
     folder = Path(given.get("output_dir") or f"runs/{task}/compare")
     pairs = itertools.product(labels, range(first, first + seeds))
-    runs = {(label, seed): settings_of(label, seed, given, folder) for label, seed in pairs}
+    runs = {(label, seed): settings_of(label, seed, shared, folder) for label, seed in pairs}
     run_all([config for config, _ in runs.values()], jobs)
     histories, configs = {label: {} for label in labels}, {}
     for (label, seed), (config, afterwards) in runs.items():
@@ -104,7 +106,7 @@ def join_label(method, own, separator=":"):
     return separator.join([method, *(f"{name}={value}" for name, value in own)])
 
 
-def settings_of(label, seed, given, folder):
+def settings_of(label, seed, shared, folder):
     """The Config of one run of a method, and {event: eta} to evaluate after it, None for the average."""
     method, *own = split_label(label)
     own = dict(own)
@@ -117,13 +119,13 @@ def settings_of(label, seed, given, folder):
     afterwards = {f"eta {eta:.2f}": eta for eta in etas} | ({"average": None} if average == "1" else {})
     file, _, baseline = method.rpartition(":")
     name = quote(join_label(baseline, own.items(), ","), safe=",=")  # a value may be a path
-    flags = [f"--{name}={value}" for name, value in own.items()]
+    flags = [*shared, *(f"--{name}={value}" for name, value in own.items())]
     place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
     if not file:
-        return configure(**given | parse_flags(flags) | place | dict(method=method)), afterwards
+        return configure(**parse_flags([*flags, f"--method={method}"]) | place), afterwards
     program = program_at(file)
-    _, own = program.parse([baseline, *flags])
-    return program.configure_baseline(baseline, **given | own | place), afterwards
+    _, given = program.parse([baseline, *flags])
+    return program.configure_baseline(baseline, **given | place), afterwards
 
 
 def program_at(file):
@@ -175,7 +177,8 @@ def finished(config):
     except (OSError, ValueError, IndexError):
         return False  # if something is wrong there, the run itself will say what
     now = json.loads(json.dumps(asdict(config)))
-    same = {name for name in now if before.get(name) != now[name]} <= {"output_dir", "resume", "save_every"}
+    may_differ = {"output_dir", "resume", "save_every", "report_to"}
+    same = {name for name in now if before.get(name) != now[name]} <= may_differ
     return same and last["update"] == config.updates and (folder / "samples.md").exists()
 
 
@@ -271,16 +274,14 @@ def evaluation_of(config):
     """A function that evaluates a finished run's policy at theta_0 + eta (theta - theta_0), given eta, or at
     its moving average, given None. What else the run has trained, in translation the receiver, is as at its
     end."""
-    from accelerate import Accelerator
-
     task = elastic_reset.TASKS[config.task](config)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    model, _ = elastic_reset.actor_critic(task.policy, config, accelerator)
+    model, _ = elastic_reset.prepare_policy(task.policy, config, elastic_reset.processes())
     elastic = elastic_reset.ElasticReset(model.policy)  # its init is theta_0
     path = Path(config.output_dir) / "checkpoint" / "state.pt"
     saved = torch.load(path, map_location="cpu", weights_only=True)["parts"]
-    for name, part in (dict(model=model, elastic=elastic) | task.trained).items():
-        part.load_state_dict(part.state_dict() | saved[name])
+    parts = {f"task.{name}": part for name, part in getattr(task, "trained", {}).items()}
+    for name, part in (dict(model=model, elastic=elastic) | parts).items():
+        part.load_state_dict(part.state_dict() | saved[name])  # of the policy without frozen weights
     trained = [p.detach().to(i.dtype, copy=True) for p, i in zip(elastic.params, elastic.init, strict=True)]
 
     @torch.no_grad()
@@ -713,15 +714,15 @@ def spread(heights, gap):
 # =============================================== Command line ===============================================
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help lists the flags")
-
-
 def parser():
-    more = "All other flags (--task, --config, --kl_coef ...) are those of `python elastic_reset.py --help`."
-    style = argparse.RawDescriptionHelpFormatter
-    flags = Parser("compare.py", description=__doc__, epilog=more, formatter_class=style, allow_abbrev=False)
+    flags = argparse.ArgumentParser(
+        "compare.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        epilog="All other flags (--task, --config, --kl_coef ...) are those of `elastic_reset.py --help`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     flags.add_argument("--methods", metavar="LIST", help="methods, as ppo,elastic-reset,ppo-kl:kl_coef=0.1")
     flags.add_argument("--seeds", metavar="N", type=int, default=5, help="runs a method, from --seed on (5)")
     flags.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (1)")
@@ -731,7 +732,8 @@ def parser():
 
 
 def main(argv=None) -> int:
-    """0: done; 1: a run failed; 2: flags or data that cannot be used; 128 + the signal's number: stopped."""
+    """0: done; 1: a run failed; 2: flags or data that cannot be used; 128 + the signal's number: stopped.
+    Anything else is a mistake in a program, and Python shows where."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         own, rest = parser().parse_known_args(argv)
@@ -744,11 +746,11 @@ def main(argv=None) -> int:
         else:
             before = read_record(own.tuned_on)["summary"]["methods"] if own.tuned_on else {}
             chosen = {method: numbers["chosen"] for method, numbers in before.items()}
-            print(compare(expanded(own.methods), own.seeds, own.jobs, parse_flags(rest), argv, chosen))
+            print(compare(expanded(own.methods), own.seeds, own.jobs, rest, argv, chosen))
         return 0
-    except ChildProcessError as error:
+    except (ChildProcessError, FloatingPointError) as error:
         message, code = error, 1
-    except Exception as error:  # of flags, files or data
+    except (ValueError, OSError) as error:  # of flags, files or data
         message, code = error, 2
     except KeyboardInterrupt as stop:
         message, code = "stopped; the same command goes on", 128 + (stop.args or (signal.SIGINT,))[0]
