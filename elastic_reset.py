@@ -2366,7 +2366,10 @@ class Run:
         if saved["parts"].keys() != self.saved_parts.keys():
             raise ValueError(f"it holds {', '.join(saved['parts'])}; expected {', '.join(self.saved_parts)}")
         for name, part in self.saved_parts.items():
-            part.load_state_dict(part.state_dict() | saved["parts"][name])  # frozen weights stay
+            state = saved["parts"][name]
+            if state.keys() != trained_state(part).keys():
+                raise ValueError(f"{name} has other entries")
+            part.load_state_dict(part.state_dict() | state)  # frozen weights stay
         self.update = int(saved["update"])
         self.kl_coef = float(saved["kl_coef"])
         self.history = list(saved["history"])
@@ -2660,8 +2663,9 @@ def help_of(f):
         return text
     defaults = [str(f.default)]
     for name, task in TASKS.items():
-        if f.name in task.preset:
-            defaults.append(f"{name} {task.preset[f.name]}")
+        preset = getattr(task, "preset", {})
+        if f.name in preset:
+            defaults.append(f"{name} {preset[f.name]}")
     return f"{text} (default {'; '.join(defaults)})"
 
 
@@ -2688,19 +2692,19 @@ def read_settings(path):
 
     with open(path, encoding="utf-8") as file:
         try:
-            settings = yaml.safe_load(file)
+            known = yaml.safe_load(file)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(settings, dict):
+    if not isinstance(known, dict):
         raise ValueError(f"{path}: expected lines like kl_coef: 0.05")
     types = {f.name: f.type for f in fields(Config)}
-    for name, value in settings.items():
+    for name, value in known.items():
         if name not in types:
             raise ValueError(f"{path}: there is no setting {name}")
         if types[name] is float and isinstance(value, str):
             with contextlib.suppress(ValueError):  # Config will say what is wrong with it
-                settings[name] = float(value)  # to YAML, 1e-5 is a text
-    return settings
+                known[name] = float(value)  # to YAML, 1e-5 is a text
+    return known
 
 
 def main(argv=None) -> int:

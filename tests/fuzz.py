@@ -284,7 +284,7 @@ def folder_case(rng):
     if kind < 0.2:
         path, how = mutate(rng, rows)
         needed = len(path) == 2 and path[1] != "response_k" and suffix == ".jsonl"
-        name = "!" * (needed and how in ("removed", "renamed", "none", "list", "dict")) + f"{path}: {how}"
+        name = "!" * (needed and how in ("removed", "renamed", "none")) + f"{path}: {how}"
         write_rows(file, rows)
     elif kind < 0.3:
         cell = rows[rng.randrange(8)][column] = rng.choice(CELLS)

@@ -29,8 +29,8 @@ def error_of(argv, capsys):
 
 
 BAD_FLAGS = [
-    ("", "--task is custom; expected one of translation"),
-    ("--task chess", "--task is chess; expected one of translation"),
+    ("", "--task is custom; expected translation, imdb, qa or your own task"),
+    ("--task chess", "--task is chess; expected translation, imdb, qa or your own task"),
     ("--task translation --method sgd", "expected elastic-reset|ppo"),
     ("--task translation --preset mini", "unrecognized arguments: --preset mini"),
     ("--task translation --report_to comet", "expected none|tensorboard|wandb|trackio"),
@@ -87,7 +87,7 @@ BAD_DATA = {
     "number": ({"train.jsonl": GOOD + '{"en": "a", "fr": "b", "de": 3}\n'}, "row 2: de is 3;"),
     "null": ({"train.jsonl": GOOD + '{"en": null, "fr": "b", "de": "c"}\n'}, "row 2: en is None"),
     "blank": ({"train.jsonl": GOOD + '{"en": "a", "fr": " ", "de": "c"}\n'}, "2: fr is ' '; expected text"),
-    "long rows": ({"train.csv": "en,fr,de\na,b,c,d\n"}, "its rows are longer than the line of names"),
+    "long rows": ({"train.csv": "en,fr,de\na,b,c,d\n"}, "or columns without a name"),
     "a long row": ({"train.csv": "en,fr,de\na,b,c\na,b,c,d\n"}, "Expected 3 fields in line 3, saw 4"),
     "two kinds": ({"train.csv": "en,fr,de\na,b,c\n", "a.jsonl": GOOD}, "holds .csv and .jsonl files"),
     "card": ({"train.jsonl": GOOD, "README.md": "---\na: [\n---\n"}, "data DATA cannot be read: "),
