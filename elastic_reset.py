@@ -378,7 +378,7 @@ def setting(default, help, low=None, high=10**9, *, choices=(), tasks=(), group=
     that stands above. `choices`: the values that a text may have. `tasks`: those that have this
     setting; empty means all, also your own. `group`: a title in --help, on the first setting of a
     group."""
-    about = dict(help=help, low=low, high=high, choices=tuple(choices), tasks=tasks, group=group)
+    about = dict(help=help, low=low, high=high, choices=choices, tasks=tasks, group=group)
     return field(default=default, metadata=about)
 
 
@@ -388,7 +388,7 @@ class Config:
     settings. Raises ValueError if a setting has another type, is out of its range or belongs to
     another task."""
 
-    task: str = setting("custom", "what to train: translation, imdb or qa", group="The run")
+    task: str = setting("custom", "translation, imdb, qa or another of TASKS", group="The run")
     method: str = setting("elastic-reset", "a named set of defaults", choices=METHODS)
     seed: int = setting(0, "of sampling and data order; pretraining always has the same", 0, 10**18)
     updates: int = setting(200, "PPO updates; each samples batch_size responses", 1)
@@ -475,6 +475,10 @@ class Config:
         high = f.metadata["high"]
         choices = f.metadata["choices"]
         tasks = f.metadata["tasks"]
+        if tasks and self.task in EMBEDDED_TASKS and self.task not in tasks:
+            if value not in (f.default, []):  # [] is the default of a list
+                raise ValueError(f"{f.name} is a setting of {', '.join(tasks)}, not of {self.task}")
+            return
         expected = f.type.__name__
         fits = isinstance(value, f.type) and isinstance(value, bool) == (f.type is bool)
         if choices:
@@ -488,9 +492,6 @@ class Config:
             fits = fits and low <= value <= largest
         if not fits:
             raise ValueError(f"{f.name} is {value!r}; expected {expected}")
-        is_another_tasks = tasks and self.task in EMBEDDED_TASKS and self.task not in tasks
-        if is_another_tasks and value not in (f.default, []):  # [] is the default of a list
-            raise ValueError(f"{f.name} is a setting of {', '.join(tasks)}, not of {self.task}")
 
     @property
     def sampling(self) -> dict:
@@ -522,7 +523,7 @@ def configure(task: str = "custom", method: str = "elastic-reset", **given) -> C
     preset = getattr(task_class, "preset", {})
     if method in PENALTY_METHODS:
         preset = preset | getattr(task_class, "preset_without_resets", {})
-    return Config(task=task, method=method, **merged(preset, METHODS.get(method, {}), given))
+    return Config(task=task, method=method, **merged(preset, METHODS.get(str(method), {}), given))
 
 
 # ======================================= 3. PPO's formulas ========================================
@@ -668,7 +669,8 @@ class ActorCritic(nn.Module):
         values = torch.zeros_like(logprobs)
         if with_values:
             if "model" in self.value:
-                states = self.value["model"](**inputs, use_cache=False).last_hidden_state
+                with recomputed_layers(self.value):
+                    states = self.value["model"](**inputs, use_cache=False).last_hidden_state
                 hidden = states[:, -length:]  # (batch, response, width)
             values = self.value["head"](hidden.float()).squeeze(-1)
         return tuple(torch.where(mask, x, 0.0) for x in (logprobs, values, entropy))
@@ -704,32 +706,42 @@ def reference_logprobs(model, elastic, weights, batch, *, parts=1):
 
 @torch.no_grad()
 def forbid(logits, policy, min_response_length=0, position=0):
-    """Set to -1e9, in place, the logits of tokens that are never sampled: padding, and EOS among
-    the first `min_response_length` tokens of a response. logits: (batch, n, vocab), for n tokens of
-    the response from number `position` on. Sampling and scoring both ask this function."""
+    """Set to -1e9, in place, the logits of tokens that are never sampled: padding, EOS among the
+    first `min_response_length` tokens of a response, and all but the first token that a translator
+    is forced to begin with, its language's. logits: (batch, n, vocab), for n tokens of the response
+    from number `position` on. Sampling and scoring both ask this function."""
     # No gradient is lost by that: a forbidden token is never one that is scored.
     ids = token_ids(policy)
     if ids["pad_token_id"] not in ids["eos_token_id"]:  # some models pad with their EOS
         logits[..., ids["pad_token_id"]] = -1e9
     logits[:, : max(0, min_response_length - position), ids["eos_token_id"]] = -1e9
+    forced = ids.get("forced_bos_token_id")
+    if forced is not None and position == 0:
+        logits[:, 0] = -1e9
+        logits[:, 0, forced] = 0
 
 
 def token_ids(policy):
-    """Return the ids that a model's generation config names. ValueError if EOS or padding has
-    none."""
-    names = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-    ids = {name: getattr(policy.generation_config, name) for name in names}
-    if ids["eos_token_id"] is None or ids["pad_token_id"] is None:
+    """Return the ids that condition a model's text, which are those of its generation config, as in
+    its own generate(). ValueError if one has no number."""
+    own = policy.generation_config
+    eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    pad = eos[0] if own.pad_token_id is None else own.pad_token_id
+    ids = dict(eos_token_id=eos, pad_token_id=pad)
+    if policy.config.is_encoder_decoder:
+        start = own.decoder_start_token_id
+        ids["decoder_start_token_id"] = own.bos_token_id if start is None else start
+    if eos[0] is None or None in ids.values():
         raise ValueError(f"model.generation_config names {ids}; expected numbers")
-    if not isinstance(ids["eos_token_id"], list):
-        ids["eos_token_id"] = [ids["eos_token_id"]]
+    if policy.config.is_encoder_decoder:
+        ids["forced_bos_token_id"] = own.forced_bos_token_id  # of the language to translate into
     return ids
 
 
 @contextlib.contextmanager
 def plain_generation(policy, response_length):
-    """Replace the model's own settings for generate() (beams, penalties, forced tokens) by greedy
-    ones. Yields those. At the end the model has its own again."""
+    """Replace the model's own settings for generate() (beams, penalties, top-p) by greedy ones.
+    Yields those. At the end the model has its own again."""
     from transformers import GenerationConfig
 
     plain = GenerationConfig(**token_ids(policy), max_new_tokens=response_length, do_sample=False)
@@ -737,6 +749,7 @@ def plain_generation(policy, response_length):
     own = policy.generation_config
     base_own = base.generation_config
     policy.generation_config = plain
+    base.generation_config = plain
     try:
         yield plain
     finally:
@@ -746,19 +759,13 @@ def plain_generation(policy, response_length):
 
 @torch.no_grad()
 def respond(
-    policy,
-    tokenizer,
-    prompts,
-    *,
-    response_length,
-    temperature=1.0,
-    min_response_length=0,
-    max_length=None,
-    rows=None,
-):
+    policy, tokenizer, prompts, *, response_length, temperature=1.0, min_response_length=0,
+    max_length=None, rows=None, drawn_logprobs=None,
+):  # fmt: skip
     """Sample one response for each prompt. Temperature 0 takes the most probable tokens. With
     several processes, each samples for its own `rows`, a slice. An encoder's prompts are cut to
-    max_length.
+    max_length. `drawn_logprobs`: a list to which log-probabilities (batch,) are added, token by
+    token.
 
     Returns (batch, texts). The batch has input_ids and attention_mask, (batch, prompt), responses
     and mask, (batch, response). Raises ValueError for prompts that are empty or too long for the
@@ -781,6 +788,8 @@ def respond(
         if temperature == 0:
             return logits
         drawn = draw_tokens(logits / temperature, uniform[position])
+        if drawn_logprobs is not None:
+            drawn_logprobs.append(gather_logprobs(logits, drawn.squeeze(1)))
         return torch.zeros_like(logits).scatter_(1, drawn, 1.0)
 
     with plain_generation(policy, response_length) as plain:
@@ -790,15 +799,16 @@ def respond(
     eos_count = torch.isin(responses, eos).cumsum(1)  # up to and including each token
     mask = F.pad(eos_count, (1, 0))[:, :-1] == 0  # True while no EOS came before
     batch.update(responses=responses, mask=mask)
-    return batch, response_texts(tokenizer, prompt_tokens, responses)
+    real = [response[kept] for response, kept in zip(responses, mask, strict=True)]
+    return batch, response_texts(tokenizer, prompt_tokens, real)
 
 
 def tokenize_prompts(policy, tokenizer, prompts, response_length, *, max_length):
     """Return input_ids and attention_mask of the prompts, (batch, prompt) each."""
     if policy.config.is_encoder_decoder:
-        return tokens_of(tokenizer, prompts, max_length, policy.device)
+        return padded(policy, source_tokens(policy, tokenizer, prompts, max_length))
     # A decoder goes on behind its prompt, so padding stands on the left, and nothing is cut off.
-    batch = tokens_of(tokenizer, prompts, None, policy.device, padding_side="left", truncation=False)
+    batch = padded(policy, source_tokens(policy, tokenizer, prompts), side="left")
     lengths = batch["attention_mask"].sum(1)
     longest = max_positions(policy) - response_length
     if lengths.min() < 1 or lengths.max() > longest:
@@ -821,7 +831,7 @@ def response_texts(tokenizer, prompt_tokens, responses):
     """Decode the responses. Some tokenizers drop a first space, so a response is decoded together
     with its prompt, which is then cut off. If the prompt's own text changes by that, it is decoded
     alone."""
-    together = torch.cat([prompt_tokens, responses], 1)
+    together = [torch.cat(pair) for pair in zip(prompt_tokens, responses, strict=True)]
     prompts = tokenizer.batch_decode(prompt_tokens, skip_special_tokens=True)
     texts = tokenizer.batch_decode(together, skip_special_tokens=True)
     for i, prompt in enumerate(prompts):
@@ -835,7 +845,7 @@ def response_texts(tokenizer, prompt_tokens, responses):
 def response_inputs(policy, input_ids, attention_mask, responses):
     """Make the model's inputs to score responses behind their prompts."""
     if policy.config.is_encoder_decoder:
-        start = torch.full_like(responses[:, :1], policy.generation_config.decoder_start_token_id)
+        start = torch.full_like(responses[:, :1], token_ids(policy)["decoder_start_token_id"])
         shifted = torch.cat([start, responses[:, :-1]], 1)  # a token is predicted from those before
         return dict(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=shifted)
     input_ids = torch.cat([input_ids, responses], 1)[:, :-1]  # the last token predicts nothing
@@ -851,26 +861,58 @@ def logits_and_states(policy, inputs, n):
     kept = []
 
     def keep_last(output_layer, arguments):  # logits of the prompts would take much memory
+        if arguments[0].ndim != 3:
+            raise ValueError(f"{type(policy).__name__} predicts several tokens at once, not one")
         kept.append(arguments[0][:, -n:])
         return kept[0]
 
-    with policy.get_output_embeddings().register_forward_pre_hook(keep_last):
+    with recomputed_layers(policy), policy.get_output_embeddings().register_forward_pre_hook(keep_last):
         logits = policy(**inputs, use_cache=False).logits
     return logits.float(), kept[0]
+
+
+@contextlib.contextmanager
+def recomputed_layers(model):
+    """Let layers with gradient checkpointing be computed again in the backward pass. transformers
+    does that in training mode alone, where there would be dropout, too."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    forwards = {}
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            if not layer.training and torch.is_grad_enabled():
+                forwards[layer] = layer.forward
+                layer.forward = functools.partial(recomputed, layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in forwards.items():
+            layer.forward = forward
+
+
+def recomputed(layer, forward, *arguments, **named):
+    return layer._gradient_checkpointing_func(functools.partial(forward, **named), *arguments)
+
+
+def response_logprobs(policy, inputs, responses):
+    """Compute the log-probabilities of responses, (batch, response), at temperature 1."""
+    logits, _ = logits_and_states(policy, inputs, responses.shape[1])
+    forbid(logits, policy)
+    return gather_logprobs(logits, responses)
 
 
 def target_logprobs(model, tokenizer, sources, targets, max_length):
     """Compute log p(target token | source, tokens before), 0 where padded, and the mask: (batch,
     target) each. For a decoder no EOS is added, so a target's text must end with it."""
-    special = dict(padding_side="right", add_special_tokens=model.config.is_encoder_decoder)
-    source = tokens_of(tokenizer, sources, max_length, model.device)
-    target = tokens_of(tokenizer, None, max_length, model.device, text_target=targets, **special)
-    tokens = target["input_ids"]
+    is_decoder = not model.config.is_encoder_decoder
+    tokens_of = continuation_tokens if is_decoder else translation_tokens
+    source = source_tokens(model, tokenizer, sources, max_length)
+    source = padded(model, source, "left" if is_decoder else "right")
+    target = padded(model, tokens_of(model, tokenizer, sources, targets, max_length))
     mask = target["attention_mask"].bool()
-    inputs = response_inputs(model, source["input_ids"], source["attention_mask"], tokens)
-    logits, _ = logits_and_states(model, inputs, tokens.shape[1])
-    forbid(logits, model)
-    return torch.where(mask, gather_logprobs(logits, tokens), 0.0), mask
+    inputs = response_inputs(model, **source, responses=target["input_ids"])
+    logprobs = response_logprobs(model, inputs, target["input_ids"])
+    return torch.where(mask, logprobs, 0.0), mask
 
 
 @torch.no_grad()
@@ -897,19 +939,76 @@ def mean_nll(model, tokenizer, sources, targets, max_length):
 
 
 def class_logits(model, tokenizer, texts, max_length):
-    """Compute a classifier's logits of texts, (batch, labels)."""
+    """Compute a classifier's logits of texts, (batch, labels). Many a classifier reads a text at
+    its last token that is not padding."""
+    own_pad = getattr(model.config, "pad_token_id", None)
+    ends_twice = [tokenizer.eos_token_id] * 2  # the text's own EOS and the tokenizer's
     logits = []
     for (some_texts,) in chunks(texts):
-        inputs = tokens_of(tokenizer, some_texts, max_length, model.device, padding_side="right")
-        logits.append(model(**inputs).logits.float())
+        tokens = tokenizer(some_texts, truncation=True, max_length=max_length)["input_ids"]
+        tokens = [ids[:-1] if ids[-2:] == ends_twice else ids for ids in tokens]
+        pad = own_pad
+        if own_pad is None:  # an id that no text ends in
+            ends = itertools.chain.from_iterable(ids[-1:] for ids in tokens)
+            pad = min(set(range(len(tokens) + 1)).difference(ends))
+        model.config.pad_token_id = pad
+        try:
+            logits.append(model(**padded(model, tokens, pad=pad)).logits.float())
+        finally:
+            model.config.pad_token_id = own_pad
     return torch.cat(logits)
 
 
-def tokens_of(tokenizer, texts, max_length, device, *, truncation=True, **settings):
-    """Tokenize texts. Returns input_ids and attention_mask, (batch, longest text) each."""
-    settings.update(padding=True, truncation=truncation, return_tensors="pt")
-    tokens = tokenizer(texts, max_length=max_length, **settings)
-    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+def source_tokens(model, tokenizer, texts, max_length=None):
+    """Tokenize prompts. Returns lists of ids. What a tokenizer puts behind a text, as an EOS, is
+    dropped if a decoder is to go on there."""
+    tokens = tokenizer(
+        texts, truncation=bool(max_length), max_length=max_length, return_special_tokens_mask=True
+    )
+    rows = tokens["input_ids"]
+    for ids, is_added in zip(rows, tokens["special_tokens_mask"], strict=True):
+        if not model.config.is_encoder_decoder and len(ids) > 1 and is_added[-1]:
+            ids.pop()
+    return rows
+
+
+def translation_tokens(model, tokenizer, sources, targets, max_length):
+    """Tokenize an encoder-decoder's targets. Returns lists of ids, which begin with the token that
+    the model is forced to begin with, if there is one."""
+    tokens = tokenizer(
+        text_target=targets, truncation=True, max_length=max_length, return_special_tokens_mask=True
+    )
+    rows = tokens["input_ids"]
+    forced = token_ids(model)["forced_bos_token_id"]
+    if forced is not None:
+        for ids, is_added in zip(rows, tokens["special_tokens_mask"], strict=True):
+            begins = len(ids) > 1 and is_added[0]  # with this tokenizer's language, or BOS
+            ids[:] = [forced, *ids[begins:]][:max_length]
+    return rows
+
+
+def continuation_tokens(model, tokenizer, sources, targets, max_length):
+    """Tokenize a decoder's targets. Returns lists of ids: those behind the source in both texts
+    together or, where these begin with other tokens than the source, the target's alone."""
+    alone = tokenizer(targets, truncation=True, max_length=max_length, add_special_tokens=False)
+    rows = alone["input_ids"]
+    before = source_tokens(model, tokenizer, sources)
+    together = source_tokens(model, tokenizer, joined(sources, targets))
+    for i, (source, both) in enumerate(zip(before, together, strict=True)):
+        if both[: len(source)] == source:
+            rows[i] = both[len(source) :][:max_length]
+    return rows
+
+
+def padded(model, rows, side="right", pad=None):
+    """Fill up lists of ids, by the model's padding unless `pad` is given. Returns input_ids and
+    attention_mask, (batch, longest row) each."""
+    if pad is None:
+        pad = token_ids(model)["pad_token_id"]
+    rows = [torch.tensor(ids, dtype=torch.long, device=model.device) for ids in rows]
+    masks = [torch.ones_like(ids) for ids in rows]
+    fill = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    return dict(input_ids=fill(rows, padding_value=pad), attention_mask=fill(masks))
 
 
 def chunks(*lists, size=128):
@@ -919,8 +1018,9 @@ def chunks(*lists, size=128):
 
 
 def max_positions(model):
-    """Return how many tokens a model takes at most; many have no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    """Return how many tokens a model takes at most; many have no limit, or say -1."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if limit and limit > 0 else math.inf
 
 
 # ========================================== 5. Training ===========================================
@@ -938,12 +1038,14 @@ def train(config: Config, task: "Task | None" = None) -> dict:
         raise ValueError(f"--task is {config.task}; expected {', '.join(TASKS)} or your own task")
     run = Run(config)
     task = task or TASKS[config.task](config)
+    run.borrow(task.policy)
+    check_sampling(task, config)
     model, optimizer = prepare_policy(task.policy, config, run.accelerator)  # with task.policy in it
     elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
     reference = elastic.ema if config.kl_reference == "ema" else elastic.init
     parts = config.gradient_accumulation_steps
     run.begin(task, model, optimizer, elastic)
-    if not run.history:  # not resumed
+    if not run.history or run.history[-1]["update"] < run.update == config.updates:  # no update to do
         run.log(evaluate(task, model, elastic, config))
 
     for update in run.updates():
@@ -1011,14 +1113,12 @@ def train(config: Config, task: "Task | None" = None) -> dict:
             run.log(evaluate(task, model, elastic, config), event, stats)
         run.save_if_due()
 
-    if run.history[-1]["update"] < run.update:  # resumed after its last update
-        run.log(evaluate(task, model, elastic, config))
     return run.finish(task)
 
 
 def prepare_policy(policy, config, accelerator):
     """Return the policy with its value function, an ActorCritic, and the optimizer of both."""
-    policy.eval()  # no dropout, which would change the probability of a response each time
+    policy.eval()  # no dropout
     token_ids(policy)  # raises ValueError if the policy cannot be sampled from
     separate = config.separate_value_model
     model = ActorCritic(policy, config.temperature, separate, config.min_response_length)
@@ -1027,6 +1127,40 @@ def prepare_policy(policy, config, accelerator):
     value_rate = config.value_learning_rate or config.learning_rate
     optimizer = adamw((model.policy, config.learning_rate), (model.value, value_rate))
     return model, accelerator.prepare_optimizer(optimizer)
+
+
+@torch.no_grad()
+def check_sampling(task, config):
+    """Raise ValueError unless a response's log-probabilities are the same when it is drawn, when it
+    is scored beside a longer prompt and when the policy is given it alone, without padding."""
+    torch.manual_seed(0)
+    policy = task.policy
+    texts = sorted(task.validation_prompts, key=len)
+    drawn = []
+    batch, _ = respond(
+        policy, task.tokenizer, [texts[0], texts[-1]], response_length=min(16, config.response_length),
+        max_length=config.max_length, drawn_logprobs=drawn,
+    )  # fmt: skip
+    ids = batch["input_ids"]
+    attention = batch["attention_mask"]
+    responses = batch["responses"]
+    inputs = response_inputs(policy, ids, attention, responses)
+    ways = dict(drawn=torch.stack(drawn, 1), scored=response_logprobs(policy, inputs, responses))
+    alone = []
+    for row, is_real, response in zip(ids, attention, responses.split(1), strict=True):
+        row = row[is_real.bool()].unsqueeze(0)
+        inputs = response_inputs(policy, row, torch.ones_like(row), response)
+        for name in ("attention_mask", "position_ids"):  # the model has its own way without them
+            inputs.pop(name, None)
+        alone.append(response_logprobs(policy, inputs, response))
+    for how, logprobs in ways.items():
+        difference = masked_mean((logprobs - torch.cat(alone)).abs(), batch["mask"]).item()
+        if not difference <= torch.finfo(policy.dtype).eps ** (1 / 3):  # float32 0.005, bfloat16 0.2
+            raise ValueError(
+                f"{type(policy).__name__} cannot be trained: log-probabilities of tokens {how} beside a "
+                f"longer prompt are off by {difference:.2g} from the model's alone; likely causes: PEFT's "
+                "prompt learning, no padding on the left, positions that do not begin at 0"
+            )
 
 
 def adamw(*groups):
@@ -1701,7 +1835,7 @@ class TechnicalQA:
         longest = 2 * config.max_length  # question and answer
         # Stage 1: supervised fine-tuning on human answers
         sft_model = config.model
-        if config.pretrain_updates:
+        if config.pretrain_updates or not config.model:
             sft_model = self.fine_tuned(config.model, data)
         # Stage 2: a reward model of pairs, a new head on stage 1's model or, without --model, from
         # scratch
@@ -1726,6 +1860,8 @@ class TechnicalQA:
     def fine_tuned(self, model, data):
         """Return the folder of stage 1's model, which learns to answer and to end its answers."""
         end = load_tokenizer(model).eos_token if model else EOS
+        if not end:
+            raise ValueError(f"model {model!r} has no EOS in its tokenizer, so it cannot end an answer")
         pairs = [(question, answer + end) for question, answer in data["sft"]]
         return pretrained(
             "answers", "CausalLM", pairs, likelihood_loss, model=model, family="llama",
@@ -1743,7 +1879,7 @@ class TechnicalQA:
     def fitting(self, questions):
         """Return the questions of at most prompt_length tokens."""
         longest = self.config.prompt_length
-        tokens = self.tokenizer(questions)["input_ids"]
+        tokens = source_tokens(self.policy, self.tokenizer, questions)
         fitting = [q for q, ids in zip(questions, tokens, strict=True) if len(ids) <= longest]
         if not fitting:
             raise ValueError(f"no question has at most prompt_length ({longest}) tokens")
@@ -2064,11 +2200,8 @@ def load_model(role, name, kind, config, *, longest=0, head_is_new=False, **sett
         model, loading = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name, **settings)
         tokenizer = load_tokenizer(name)
         check_model(model, loading["missing_keys"], longest, head_is_new)
+        check_ids(model, tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-        if model.can_generate():
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-            token_ids(model)
     except Exception as error:  # there is no end to what may be wrong with files
         raise ValueError(f"{role} {name!r} cannot be used as a {kind} model: {error}") from error
     # A decoder goes on behind its prompt, so its padding stands on the left.
@@ -2082,7 +2215,10 @@ def load_model(role, name, kind, config, *, longest=0, head_is_new=False, **sett
 def load_tokenizer(name):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # there is no end to what may be wrong with files
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
 
 
 def check_model(model, missing_keys, longest, head_is_new):
@@ -2093,6 +2229,23 @@ def check_model(model, missing_keys, longest, head_is_new):
         raise ValueError(f"{min(missing_keys)} is not trained")
     if max_positions(model) < longest:
         raise ValueError(f"it has {max_positions(model)} positions; {longest} are needed")
+
+
+def check_ids(model, tokenizer):
+    """Raise ValueError for special tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    ids = {f"tokenizer.{name}": getattr(tokenizer, name) for name in names}
+    ids["config.pad_token_id"] = getattr(model.config, "pad_token_id", None)
+    if model.can_generate():
+        ids.update(token_ids(model))
+    ids["the tokenizer's last id"] = len(tokenizer) - 1
+    if not tokenizer("a")["input_ids"]:
+        raise ValueError("there is no tokenizer with it")
+    for name, known in ids.items():
+        numbers = known if isinstance(known, list) else [known]
+        if any(number is not None and not 0 <= number < rows for number in numbers):
+            raise ValueError(f"{name} is {known}; the model has {rows} embeddings, from 0")
 
 
 def lora(model, kind, config, seed=0):
@@ -2117,7 +2270,8 @@ PRETRAINING_SETTINGS = (
 def pretrained(
     role, kind, examples, loss_of, *, updates, config, model="", family="", texts=(), seed=0, **head
 ):
-    """Fit a model to `examples` by `loss_of`, or find it in the cache, and return its folder.
+    """Fit a model to `examples`, pairs that `loss_of` takes, or find it in the cache, and return
+    its folder. A decoder learns an end only where a target's text ends with EOS.
 
     `model`: a hub name or folder, which is trained through an adapter. If it is empty, `family`,
     which is marian, gpt2 or llama, names a small model to train from scratch, with a tokenizer made
@@ -2127,6 +2281,8 @@ def pretrained(
 
     if not examples:
         raise ValueError(f"there are neither a model nor data to train one for the {role}")
+    if updates == 0 and not model:
+        raise ValueError(f"pretrain_updates is 0, and there is no model for the {role}")
     made_of = dict(role=role, kind=kind, model=model, family=family, head=head, seed=seed, updates=updates)
     made_of.update(examples=examples, texts=list(texts), torch=torch.__version__)
     made_of["settings"] = {name: getattr(config, name) for name in PRETRAINING_SETTINGS}
@@ -2137,7 +2293,9 @@ def pretrained(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_reset"
     folder = cache / f"{role.replace(' ', '-')}-{digest}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # one of several processes trains, and the others wait for it
+    while not (folder.exists() or processes().is_main_process):
+        time.sleep(0.1)  # for the main process; a GPU's backend would end a barrier after ten minutes
+    with FileLock(f"{folder}.lock"):  # another run may be training the same model
         if not folder.exists():
             fitted, tokenizer = model_to_fit(role, kind, config, model, family, texts, seed, head)
             fit(fitted, tokenizer, examples, loss_of, updates, config, f"training the {role}")
@@ -2148,10 +2306,11 @@ def pretrained(
 
 
 def code_behind(*functions):
-    """Return what the cache is named by, so that a change of the code trains anew, {name: text}:
-    the source of functions, of the functions that they call in their own file or in this one, of
-    those that these call, and so on, and the constants that all of them read."""
-    found = {}
+    """Return what the cache is named by, so that a change of the code trains anew: the source of
+    functions, of the functions that they call by name, of those that these call, and so on, and the
+    constants that all of them read. A sorted list of texts."""
+    sources = {}  # {function: text}
+    constants = set()
     waiting = list(functions)
     while waiting:
         function = waiting.pop()
@@ -2162,15 +2321,14 @@ def code_behind(*functions):
         except (OSError, SyntaxError):  # it was typed in, or is a lambda within a longer line
             source = function.__code__.co_code.hex()
             names = function.__code__.co_names
-        found[function.__qualname__] = source
+        sources[function] = source
         for name in names:
             value = function.__globals__.get(name)
-            own = getattr(value, "__module__", None) in (function.__module__, __name__)
-            if inspect.isfunction(value) and own and value.__qualname__ not in found:
+            if inspect.isfunction(value) and value not in sources:
                 waiting.append(value)
             elif isinstance(value, (str, int, float, tuple)):
-                found[name] = repr(value)
-    return found
+                constants.add(f"{name} = {value!r}")
+    return sorted([*sources.values(), *constants])
 
 
 def model_to_fit(role, kind, config, model, family, texts, seed, head):
@@ -2182,7 +2340,8 @@ def model_to_fit(role, kind, config, model, family, texts, seed, head):
     torch.manual_seed(seed)
     if model:
         is_new = kind == "SequenceClassification"  # a language model gets a head that is trained here
-        loaded, tokenizer = load_model(role, model, kind, config, head_is_new=is_new, **head)
+        longest = 2 * config.max_length
+        loaded, tokenizer = load_model(role, model, kind, config, longest=longest, head_is_new=is_new, **head)
         return lora(loaded, kind, config), tokenizer
     tokenizer = train_tokenizer(texts, config, append_eos=family == "marian")
     shape = small_shape(family, tokenizer, config, **head)
@@ -2232,7 +2391,8 @@ def train_tokenizer(texts, config, append_eos=True):
             words_with_their_space = Regex(r"\n *| ?[^ \n]+")
             tokenizer.pre_tokenizer = pre_tokenizers.Split(words_with_their_space, "isolated")
             tokenizer.decoder = decoders.Fuse()
-    tokenizer.train_from_iterator(texts, trainer)
+    reserved = re.compile("|".join([PAD, EOS, UNKNOWN]))  # as words they would get a second id
+    tokenizer.train_from_iterator((reserved.sub(" ", text) for text in texts), trainer)
     if append_eos:
         tokenizer.post_processor = processors.TemplateProcessing(f"$A {EOS}", special_tokens=[(EOS, 1)])
     side = "right" if append_eos else "left"
@@ -2325,6 +2485,12 @@ class Run:
         self.began = time.perf_counter()
         self.trackers = start_trackers(config, self.folder) if self.is_main else []
         self.bar = None
+
+    def borrow(self, policy):
+        """Put the policy into evaluation mode, and remember in which mode each module was, to give
+        it back like that."""
+        self.modes = {module: module.training for module in policy.modules()}
+        policy.eval()  # no dropout, which would change the probability of a response each time
 
     def begin(self, task, model, optimizer, elastic):
         """Name what checkpoints hold. When resuming, fill it from the last whole checkpoint."""
@@ -2427,6 +2593,9 @@ class Run:
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
+            for module, mode in self.modes.items():
+                module.training = mode
+            self.accelerator.free_memory()  # its lists would keep policy and optimizer alive
 
     def gathered(self, batch):
         """Make this process's batch that of all processes, in the order of the prompts."""
@@ -2546,27 +2715,40 @@ def claim(folder, config):
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "config.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(before, dict):
-        raise ValueError(f"{file} is not a run's")
-    is_a_runs = "reset_every" in before
+    before = settings_of_run(folder / "config.json", type(config))
     for path in folder.iterdir():
-        may_be = is_a_runs or path.name == ".lock" or path.suffix == ".partial"
+        may_be = before or path.name == ".lock" or path.suffix == ".partial"
         if path.is_symlink() or not may_be:  # through a link, files elsewhere would be replaced
             raise ValueError(f"output_dir {folder} holds {path.name}, a link or a file of others")
-    if before and not config.resume:
-        raise ValueError(f"{folder} holds a run: go on with --resume true, or choose another output_dir")
-    for name, value in asdict(config).items():
-        may_differ = name in ("resume", "output_dir", "updates", "save_every", "report_to")
-        if before and not may_differ and before.get(name) != value:
-            raise ValueError(f"{folder} holds a run with {name} {before.get(name)!r}, not {value!r}")
     checkpoints = [path for path in folder.glob("checkpoint/*.pt") if path.is_file()]
     if (folder / "samples.md").exists() and not checkpoints:
         raise ValueError(f"{folder} holds a complete run without its checkpoint")
+    if checkpoints and not config.resume:
+        raise ValueError(f"{folder} holds a run: go on with --resume true, or choose another output_dir")
+    for name, value in asdict(config).items():
+        may_differ = name in ("resume", "output_dir", "updates", "save_every", "report_to")
+        if checkpoints and not may_differ and before[name] != value:
+            raise ValueError(f"{folder} holds a run with {name} {before[name]!r}, not {value!r}")
     lock = FileLock(folder / ".lock", is_singleton=True, thread_local=False)
-    lock.acquire(timeout=0)  # another process may work there
+    try:
+        lock.acquire(timeout=0)
+    except TimeoutError as error:
+        raise ValueError(f"another process works in {folder}") from error
     return lock
+
+
+def settings_of_run(file, config_class):
+    """Read a run's config.json; settings that are new since then have their defaults. Returns {} if
+    it is no run's. Raises ValueError if it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged: it holds no settings")
+    return asdict(config_class()) | settings if "reset_every" in settings else {}
 
 
 @contextlib.contextmanager
@@ -2753,25 +2935,36 @@ class ElasticResetCallback:
         self.reset = reset
         self.elastic = None
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(self, args, state, control, model, optimizer=None, **kwargs):
         """Begin at the model's weights or, with steps done, where their checkpoint left off."""
         from accelerate.state import AcceleratorState
 
         shared = AcceleratorState()
         fsdp1 = shared.distributed_type == "FSDP" and shared.fsdp_plugin.fsdp_version == 1
-        if fsdp1 or shared.distributed_type == "DEEPSPEED" or args.auto_find_batch_size:
-            raise ValueError("ElasticResetCallback works without DeepSpeed, FSDP1 and auto_find_batch_size")
+        refused = {
+            "DeepSpeed, FSDP1": fsdp1 or shared.distributed_type == "DEEPSPEED",
+            "auto_find_batch_size": args.auto_find_batch_size,
+            "hyperparameter_search": state.is_hyper_param_search,
+            "enable_jit_checkpoint": getattr(args, "enable_jit_checkpoint", False),
+            "an optimizer that keeps weights of its own (schedule-free)": keeps_weights(optimizer),
+        }
+        if any(refused.values()):
+            found = " and ".join(filter(refused.get, refused))
+            raise ValueError(f"ElasticResetCallback works without {found}")
         self.elastic = ElasticReset(model, self.decay, self.reset_every, self.reset)
         if state.global_step:
             self.load(args, state)
         self.run = os.urandom(8).hex()  # a checkpoint and its averages share this number
-        state.stateful_callbacks["elastic_reset_run"] = self.run
+        settings = dict(decay=self.decay, reset_every=self.reset_every, reset=self.reset)
+        saved = dict(args=settings, attributes=dict(run=self.run))  # as transformers has it
+        state.stateful_callbacks[type(self).__name__] = saved
 
     def load(self, args, state):
         from safetensors import safe_open
 
         folder = args.resume_from_checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"
-        run = state.stateful_callbacks.get("elastic_reset_run")
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        run = saved.get("attributes", {}).get("run")
         with safe_open(f"{folder}/elastic_reset.safetensors", "pt") as file:
             if file.metadata() != {"run": run}:
                 hint = "name the one resumed from in TrainingArguments(resume_from_checkpoint=...)"
@@ -2802,6 +2995,14 @@ class ElasticResetCallback:
         if not event.startswith("on_"):
             raise AttributeError(event)
         return lambda args, state, control, **kwargs: None
+
+
+def keeps_weights(optimizer):
+    """Say whether an optimizer, perhaps wrapped by accelerate, swaps weights for training and
+    evaluation."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
 
 
 if __name__ == "__main__":

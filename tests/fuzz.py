@@ -358,7 +358,7 @@ def checkpoint_case(rng):
             path, how = mutate(rng, rng.choice([tree, tree["parts"]]), deepest=1)
         else:
             path, how = mutate(rng, tree["parts"][rng.choice(["model", "elastic"])])
-            vague |= how == "nan"
+            vague |= how in ("nan", "dtype")
         name = "!" * (not vague) + f"{path}: {how}"
         if files[0].suffix == ".safetensors":
             tree = {k: v.contiguous() for k, v in tree.items() if isinstance(v, torch.Tensor)}

@@ -37,10 +37,16 @@ BAD_FLAGS = [
     ("--task translation --kl_reference last", "expected init|ema"),
     ("--task translation --dtype float16", "expected float32|bfloat16"),
     ("--task translation --resume perhaps", "argument --resume: invalid true_or_false value: 'perhaps'"),
-    ("--task translation --no_such_flag 1", "elastic_reset.py: error: unrecognized arguments: --no_such_flag 1"),
+    (
+        "--task translation --no_such_flag 1",
+        "elastic_reset.py: error: unrecognized arguments: --no_such_flag 1",
+    ),
     ("--task translation --update 3", "unrecognized arguments: --update 3"),
     ("--task translation --updates", "expected one argument"),
-    ("--task translation --updates ten", "elastic_reset.py: error: argument --updates: invalid int value: 'ten'"),
+    (
+        "--task translation --updates ten",
+        "elastic_reset.py: error: argument --updates: invalid int value: 'ten'",
+    ),
     ("--task translation --updates 0", "updates is 0; expected int from 1"),
     ("--task translation --updates 2.5", "argument --updates: invalid int value: '2.5'"),
     ("--task translation --seed -1", "seed is -1; expected int from 0"),

@@ -425,11 +425,12 @@ def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
 
 def test_signals_are_noted_and_ignored_ones_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_the_start = signal.getsignal(signal.SIGTERM)
     try:
         with program.stop_signals() as stops:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             assert stops == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == at_the_start
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -1,9 +1,11 @@
-"""Sections 3 and 4: PPO's mathematics and the policy, each function against a slower or independent way to the same number."""
+"""Sections 3 and 4: PPO's mathematics and the policy, each function against a slower or independent way to
+the same number."""
 
 import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -251,6 +253,22 @@ def test_greedy_takes_the_likeliest_tokens(policy):
     with torch.no_grad():
         likeliest = probabilities_of(ActorCritic(policy), batch).argmax(-1)
     assert torch.equal(likeliest[batch["mask"]], batch["responses"][batch["mask"]])
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_habits_of_the_model_below_an_adapter_are_dropped(task_type):
+    """PEFT's generate() asks the model, the adapter or both, by the adapter's kind."""
+    policy = prepared(gpt2)
+    torch.nn.init.zeros_(policy.lm_head.weight)  # every token is as likely as any other
+    own = policy.generation_config
+    own.suppress_tokens, own.repetition_penalty = list(range(10, 20)), 100.0
+    settings = dict(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type=task_type)
+    adapted = get_peft_model(policy, LoraConfig(**settings)).eval()
+    batch, _ = rollout(adapted)
+    seen = batch["responses"][batch["mask"]]
+    assert set(seen.tolist()) == set(range(1, 30)) and policy.generation_config is own
+    probabilities = torch.tensor([0.0] + [1 / 29] * 29)
+    assert chi_square(seen, probabilities) < 2.5
 
 
 def test_a_response_is_decoded_alone_where_its_prompt_s_text_changes():

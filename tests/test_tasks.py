@@ -134,17 +134,19 @@ def gpt2_folder(path, texts, **settings):
 def test_mean_nll_against_one_token_at_a_time(tmp_path):
     """Of prompts of several lengths in one batch, and of answers too long to be read to their ends."""
     texts = [text for text, _ in toy_reviews()["train"][:5]]
-    prompts, answers = [text[: 10 + 5 * i] for i, text in enumerate(texts)], [text[40:] for text in texts]
+    words = [text.split() for text in texts]
+    prompts = [" ".join(text[: 2 + i]) for i, text in enumerate(words)]
+    answers = [" " + " ".join(text[2 + i :]) for i, text in enumerate(words)]
     config = configure(task="imdb")
     folder = gpt2_folder(tmp_path, texts)
     model, tokenizer = elastic_reset.load_model("judge", folder, "CausalLM", config)
     ours = mean_nll(model, tokenizer, prompts, answers, 30)
     nll = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        seen = tokenizer(prompt)["input_ids"][:30]
-        for token in tokenizer(answer)["input_ids"][:30]:
+        before = tokenizer(prompt)["input_ids"]
+        seen = before[:30]
+        for token in tokenizer(prompt + answer)["input_ids"][len(before) :][:30]:
             logits = model(torch.tensor([seen])).logits[0, -1]
-            logits[tokenizer.pad_token_id] = -math.inf  # which is never sampled
             nll.append(-logits.log_softmax(-1)[token].item())
             seen = [*seen, token]
     assert len(nll) == 5 * 30 and ours == pytest.approx(sum(nll) / len(nll), rel=1e-5)

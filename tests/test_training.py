@@ -1,6 +1,5 @@
 """Sections 5 and 10: the loop, a run's folder, its checkpoints, interruptions, several processes."""
 
-import copy
 import functools
 import importlib.util
 import itertools
@@ -137,7 +136,8 @@ def test_gradient_accumulation_changes_nothing_but_memory(tiny, tmp_path, monkey
         flags = dict(gradient_accumulation_steps=steps, output_dir=str(tmp_path / str(steps)), kl_coef=0.1)
         results[steps] = train(configure(**tiny | flags))["end"]
         assert max(rows) == math.ceil(16 / steps)
-        for name in ("reward", "drift", "kl", "train_kl", "policy_loss", "value_loss", "clipfrac", "gradient"):
+        losses = ("policy_loss", "value_loss", "clipfrac", "gradient")
+        for name in ("reward", "drift", "kl", "train_kl", *losses):
             assert results[steps][name] == pytest.approx(results[1][name], rel=1e-3, abs=1e-4)
 
 
@@ -312,7 +312,8 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tiny, tmp_path, capsys):
     assert main(to_argv(flags | dict(resume=True))) == 0
     assert f"checkpoint {newest} is damaged or another run's: a checksum is wrong" in capsys.readouterr().err
     assert metrics_of(tmp_path / "run") == expected
-    assert torch.load(newest.with_name("previous.pt"), weights_only=True)["update"] == 2  # not the damaged one
+    before = torch.load(newest.with_name("previous.pt"), weights_only=True)
+    assert before["update"] == 2  # the one that was used, not the damaged one
 
 
 def test_a_folder_that_another_process_works_in(tiny, tmp_path, capsys):
@@ -323,7 +324,7 @@ def test_a_folder_that_another_process_works_in(tiny, tmp_path, capsys):
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         assert main(to_argv(tiny)) == 2
-        assert ".lock' could not be acquired" in last_line_of(capsys)
+        assert "another process works in " in last_line_of(capsys)
         other.communicate(b"\n")
 
 
@@ -633,15 +634,18 @@ def test_the_model_s_own_ways_of_generating_are_dropped_and_entropy_is_estimated
 def test_decoders_are_prompted_from_the_left():
     task = Vowels()
     batch, _ = elastic_reset.respond(task.policy, task.tokenizer, ["b c", "d"], response_length=3)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]  # without the EOS that it appends
 
 
 UNUSABLE = {
     "too few prompts": (dict(prompts=lambda n, update: ["b"]), r"prompts\(\) gave 1; expected 4"),
     "no text": (dict(prompts=lambda n, update: [3] * n), "text input must be of type"),
-    "long prompts": (dict(prompts=lambda n, update: ["b " * 26] * n), "27 tokens; expected 1 to 26"),
+    "long prompts": (dict(prompts=lambda n, update: ["b " * 27] * n), "27 tokens; expected 1 to 26"),
     "too few rewards": (dict(reward=lambda *_: [1.0]), r"reward\(\) gave .*; expected 4 numbers"),
-    "rewards without a number": (dict(reward=lambda *_: [None] * 4), r"reward\(\) gave .*; expected 4 numbers"),
+    "no rewards": (
+        dict(reward=lambda *_: [None] * 4),
+        r"reward\(\) gave .*; expected 4 numbers",
+    ),
     "no drift": (dict(evaluate=lambda responses: dict(reward=1.0)), "drift"),
     "words": (dict(evaluate=lambda responses: dict(reward="high", drift=1.0)), "high"),
 }
@@ -657,11 +661,10 @@ def test_unusable_tasks(tmp_path, name):
         train(configure(output_dir=str(tmp_path), **SHORT), task=task)
 
 
-@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
-def test_a_policy_that_names_no_eos_or_padding(tmp_path, name):
+def test_a_policy_that_names_no_eos(tmp_path):
     task = Vowels()
-    setattr(task.policy.generation_config, name, None)
-    with pytest.raises(ValueError, match=f"{name}.: None"):
+    task.policy.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"model.generation_config names .*eos_token_id.: .None"):
         train(configure(output_dir=str(tmp_path), **SHORT), task=task)
 
 
@@ -671,9 +674,9 @@ def test_prompts_without_tokens_and_tokenizers_without_padding(tmp_path):
     task.prompts = lambda n, update: ["b", "", "b", "b"]
     with pytest.raises(ValueError, match="prompts have 0 to 1 tokens; expected 1 to 26"):
         train(configure(output_dir=str(tmp_path / "a"), **SHORT), task=task)
-    task.tokenizer.pad_token = None
-    with pytest.raises(ValueError, match="pad_token"):
-        train(configure(output_dir=str(tmp_path / "b"), **SHORT), task=task)
+    task = Vowels()
+    task.tokenizer.pad_token = None  # padding is the model's own
+    assert train(configure(output_dir=str(tmp_path / "b"), **SHORT), task=task)["end"]["update"] == 1
 
 
 def test_no_task(tmp_path):

@@ -1,4 +1,5 @@
-"""Sections 3 and 4 against TRL 1.12.0: one PPO update of a tiny model, recorded by trl_reference.py, term by term.
+"""Sections 3 and 4 against TRL 1.12.0: one PPO update of a tiny model, recorded by trl_reference.py, term by
+term.
 
 Differences by design, and how the terms are compared all the same:
 
