@@ -391,6 +391,17 @@ def wait_for(condition, seconds=240):
         time.sleep(0.02)
 
 
+@pytest.fixture
+def heeded_signals():
+    """Signals do what they do in a terminal, even if the tests were started by nohup or behind &."""
+    handlers = {s: signal.SIG_DFL for s in (signal.SIGTERM, signal.SIGHUP)}
+    handlers[signal.SIGINT] = signal.default_int_handler
+    before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
 def signalled(monkeypatch, *signals):
     """Sends these to the process while an update is at work."""
     learn, left = TranslationGame.learn, list(signals)
@@ -403,6 +414,7 @@ def signalled(monkeypatch, *signals):
     monkeypatch.setattr(TranslationGame, "learn", learn_and_signal)
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny, tmp_path, number, capsys, monkeypatch):
     flags = tiny | dict(save_every=1000)
@@ -415,6 +427,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny, tmp_path, number, 
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_a_second_ctrl_c_does_not_wait(tiny, tmp_path, capsys, monkeypatch):
     signalled(monkeypatch, signal.SIGINT, signal.SIGINT)
     assert main(to_argv(tiny)) == 130
