@@ -23,8 +23,8 @@ exponential moving average of theta (EMA, `ema` in the code).
             theta     <- theta_bar
             theta_bar <- theta_0
 
-Elastic Reset does not change PPO's loss, its value head or the optimizer's moments. The presets of the
-tasks add a small KL penalty, which `--kl_coef 0` turns off.
+Elastic Reset does not change PPO's loss, its value head or the optimizer's moments. The presets of
+the tasks add a small KL penalty, which `--kl_coef 0` turns off.
 
 Run it:   python elastic_reset.py --task translation    (offline, minutes on two CPU cores; --help)
 Copy it:  ElasticReset needs torch alone and asks for one line in a training loop, `elastic.step()`.
@@ -242,8 +242,7 @@ class ElasticReset:
         for name in own.keys() | state.keys():
             if name not in own or name not in state:
                 raise ValueError(f"not this policy's state: {name} is missing or unknown")
-            expected = (own[name].shape, own[name].dtype)
-            if (state[name].shape, state[name].dtype) != expected:
+            if layout(state[name]) != layout(own[name]):
                 raise ValueError(f"not this policy's state: {name} has another shape or dtype")
         for name, tensor in own.items():
             tensor.copy_(distributed_like(tensor, state[name]))
@@ -348,6 +347,11 @@ def distributed_like(p, full):
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(full, p.device_mesh, p.placements)
+
+
+def layout(tensor):
+    """Return a tensor's shape and dtype, or None for what is no tensor."""
+    return (tensor.shape, tensor.dtype) if isinstance(tensor, torch.Tensor) else None
 
 
 def as_array(flat):
@@ -516,14 +520,15 @@ def merged(*layers: dict) -> dict:
 
 
 def configure(task: str = "custom", method: str = "elastic-reset", **given) -> Config:
-    """Make the settings of a run: defaults < the task's preset < the method < `given`
-    (the later one wins).
-    Raises ValueError for a value that cannot be used, TypeError for a name that no setting has."""
+    """Make the settings of a run: defaults < the task's preset < the method < `given`, of which the
+    later one wins. Raises ValueError for a value that cannot be used, TypeError for a name that no
+    setting has."""
     task_class = TASKS.get(task) if isinstance(task, str) else None
     preset = getattr(task_class, "preset", {})
     if method in PENALTY_METHODS:
         preset = preset | getattr(task_class, "preset_without_resets", {})
-    return Config(task=task, method=method, **merged(preset, METHODS.get(str(method), {}), given))
+    settings = merged(preset, METHODS.get(str(method), {}), given)
+    return Config(task=task, method=method, **settings)
 
 
 # ======================================= 3. PPO's formulas ========================================
@@ -848,11 +853,15 @@ def response_inputs(policy, input_ids, attention_mask, responses):
         start = torch.full_like(responses[:, :1], token_ids(policy)["decoder_start_token_id"])
         shifted = torch.cat([start, responses[:, :-1]], 1)  # a token is predicted from those before
         return dict(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=shifted)
-    input_ids = torch.cat([input_ids, responses], 1)[:, :-1]  # the last token predicts nothing
+    together = torch.cat([input_ids, responses], 1)
     # 1 also on padding behind EOS: no token where the mask is True looks at that.
-    attention_mask = F.pad(attention_mask, (0, responses.shape[1] - 1), value=1)
+    attention_mask = F.pad(attention_mask, (0, responses.shape[1]), value=1)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # 0 up to the first real token
-    return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
+    return dict(
+        input_ids=together[:, :-1],  # the last token predicts nothing
+        attention_mask=attention_mask[:, :-1],
+        position_ids=positions[:, :-1],
+    )
 
 
 def logits_and_states(policy, inputs, n):
@@ -878,11 +887,12 @@ def recomputed_layers(model):
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     forwards = {}
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-            if not layer.training and torch.is_grad_enabled():
-                forwards[layer] = layer.forward
-                layer.forward = functools.partial(recomputed, layer, layer.forward)
+    layers = model.modules() if torch.is_grad_enabled() else []  # else there is no backward pass
+    for layer in layers:
+        can_recompute = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+        if can_recompute and not layer.training:
+            forwards[layer] = layer.forward
+            layer.forward = functools.partial(recomputed, layer, layer.forward)
     try:
         yield
     finally:
@@ -990,13 +1000,15 @@ def translation_tokens(model, tokenizer, sources, targets, max_length):
 def continuation_tokens(model, tokenizer, sources, targets, max_length):
     """Tokenize a decoder's targets. Returns lists of ids: those behind the source in both texts
     together or, where these begin with other tokens than the source, the target's alone."""
-    alone = tokenizer(targets, truncation=True, max_length=max_length, add_special_tokens=False)
-    rows = alone["input_ids"]
     before = source_tokens(model, tokenizer, sources)
     together = source_tokens(model, tokenizer, joined(sources, targets))
-    for i, (source, both) in enumerate(zip(before, together, strict=True)):
+    rows = []
+    for source, both, target in zip(before, together, targets, strict=True):
         if both[: len(source)] == source:
-            rows[i] = both[len(source) :][:max_length]
+            ids = both[len(source) :]
+        else:
+            ids = tokenizer(target, add_special_tokens=False)["input_ids"]
+        rows.append(ids[:max_length])
     return rows
 
 
@@ -1005,10 +1017,22 @@ def padded(model, rows, side="right", pad=None):
     attention_mask, (batch, longest row) each."""
     if pad is None:
         pad = token_ids(model)["pad_token_id"]
-    rows = [torch.tensor(ids, dtype=torch.long, device=model.device) for ids in rows]
-    masks = [torch.ones_like(ids) for ids in rows]
-    fill = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-    return dict(input_ids=fill(rows, padding_value=pad), attention_mask=fill(masks))
+    ids = [torch.tensor(row, dtype=torch.long, device=model.device) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    pad_sequence = nn.utils.rnn.pad_sequence
+    return dict(
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side),
+        attention_mask=pad_sequence(ones, batch_first=True, padding_side=side),
+    )
+
+
+def joined(prompts, responses):
+    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def ended(tokenizer, texts):
+    """Put the tokenizer's EOS, if it has one, behind each text."""
+    return [text + (tokenizer.eos_token or "") for text in texts]
 
 
 def chunks(*lists, size=128):
@@ -1045,7 +1069,7 @@ def train(config: Config, task: "Task | None" = None) -> dict:
     reference = elastic.ema if config.kl_reference == "ema" else elastic.init
     parts = config.gradient_accumulation_steps
     run.begin(task, model, optimizer, elastic)
-    if not run.history or run.history[-1]["update"] < run.update == config.updates:  # no update to do
+    if run.update in (0, config.updates) and not run.is_evaluated():
         run.log(evaluate(task, model, elastic, config))
 
     for update in run.updates():
@@ -1138,9 +1162,13 @@ def check_sampling(task, config):
     texts = sorted(task.validation_prompts, key=len)
     drawn = []
     batch, _ = respond(
-        policy, task.tokenizer, [texts[0], texts[-1]], response_length=min(16, config.response_length),
-        max_length=config.max_length, drawn_logprobs=drawn,
-    )  # fmt: skip
+        policy,
+        task.tokenizer,
+        [texts[0], texts[-1]],
+        response_length=min(16, config.response_length),
+        max_length=config.max_length,
+        drawn_logprobs=drawn,
+    )
     ids = batch["input_ids"]
     attention = batch["attention_mask"]
     responses = batch["responses"]
@@ -1407,9 +1435,15 @@ class TranslationGame:
         config = self.config
         if not name:
             name = pretrained(
-                role, "Seq2SeqLM", data[role], likelihood_loss, family="marian", texts=data["texts"],
-                updates=config.pretrain_updates, config=config,
-            )  # fmt: skip
+                role,
+                "Seq2SeqLM",
+                data[role],
+                likelihood_loss,
+                family="marian",
+                texts=data["texts"],
+                updates=config.pretrain_updates,
+                config=config,
+            )
         return load_model(role, name, "Seq2SeqLM", config, longest=config.max_length)
 
     def prompts(self, n, update):
@@ -1702,10 +1736,6 @@ class MockSentiment:
         return metrics | dict(samples=dict(prompt=prompts, continuation=responses))
 
 
-def joined(prompts, responses):
-    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-
-
 def distinct(texts, n):
     """Count different n-grams, as a share of all in `texts`, lists of words."""
     grams = []
@@ -1896,14 +1926,14 @@ class TechnicalQA:
         """Return the reward model's scores of texts, question and answer, ended as when it was
         trained."""
         # So a response that was cut off is scored as one that has ended.
-        ended = [text + (self.scorer_tokenizer.eos_token or "") for text in texts]
+        texts = ended(self.scorer_tokenizer, texts)
         longest = 2 * self.config.max_length
-        return class_logits(self.scorer, self.scorer_tokenizer, ended, longest)[:, 0].tolist()
+        return class_logits(self.scorer, self.scorer_tokenizer, texts, longest)[:, 0].tolist()
 
     def evaluate(self, responses):
         prompts = self.validation_prompts
         rewards = self.reward(prompts, responses)
-        human = [self.human[prompt] + self.tokenizer.eos_token for prompt in prompts]
+        human = ended(self.tokenizer, [self.human[prompt] for prompt in prompts])
         nll = mean_nll(self.policy, self.tokenizer, prompts, human, self.config.max_length)
         tax = pass_at_k(self.policy, self.tokenizer, self.problems, self.config)
         elsewhere = pass_at_k(self.policy, self.tokenizer, self.elsewhere, self.config)
@@ -2062,8 +2092,10 @@ def toy_qa(seed=0):
     """Make qa_data() of the embedded corpus. The functions of validation and problems are no one
     else's; the held-out pairs and `elsewhere` are about them."""
     rng = random.Random(seed)
-    steps = [steps for n in (1, 2) for steps in itertools.permutations(table(STEPS, "|"), n)]
-    functions = list(itertools.product(table(FUNCTIONS, "|"), steps, [None, *table(EXCEPTIONS, "|")]))
+    steps = table(STEPS, "|")
+    one_or_two = [*itertools.permutations(steps, 1), *itertools.permutations(steps, 2)]
+    exceptions = [None, *table(EXCEPTIONS, "|")]
+    functions = list(itertools.product(table(FUNCTIONS, "|"), one_or_two, exceptions))
     functions = rng.sample(functions, len(functions))
     validation = functions[:200]
     problems = functions[200:400]
@@ -2315,15 +2347,16 @@ def code_behind(*functions):
     while waiting:
         function = waiting.pop()
         try:
-            source = inspect.getsource(function)
+            source = inspect.getsource(function.__code__)  # of a wrapper its own, not what it wraps
             tree = ast.parse(textwrap.dedent(source))
             names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
         except (OSError, SyntaxError):  # it was typed in, or is a lambda within a longer line
             source = function.__code__.co_code.hex()
             names = function.__code__.co_names
         sources[function] = source
+        enclosing = inspect.getclosurevars(function).nonlocals
         for name in names:
-            value = function.__globals__.get(name)
+            value = enclosing.get(name, function.__globals__.get(name))
             if inspect.isfunction(value) and value not in sources:
                 waiting.append(value)
             elif isinstance(value, (str, int, float, tuple)):
@@ -2447,8 +2480,8 @@ def label_loss(model, tokenizer, labels, texts, max_length):
 def preference_loss(model, tokenizer, better, worse, max_length):
     """Compute - log sigmoid(score of the better answer - score of the worse one) (arXiv 2203.02155,
     equation 1)"""
-    ended = [text + tokenizer.eos_token for text in better + worse]
-    better_scores, worse_scores = class_logits(model, tokenizer, ended, max_length)[:, 0].chunk(2)
+    texts = ended(tokenizer, better + worse)
+    better_scores, worse_scores = class_logits(model, tokenizer, texts, max_length)[:, 0].chunk(2)
     return -F.logsigmoid(better_scores - worse_scores).mean()
 
 
@@ -2494,14 +2527,19 @@ class Run:
 
     def begin(self, task, model, optimizer, elastic):
         """Name what checkpoints hold. When resuming, fill it from the last whole checkpoint."""
-        self.saved_parts = dict(model=model, optimizer=optimizer, elastic=elastic)
-        for name, part in getattr(task, "trained", {}).items():
-            self.saved_parts[f"task.{name}"] = part
+        self.saved_parts = saved_parts(task, model=model, optimizer=optimizer, elastic=elastic)
+        for name in getattr(task, "saved_models", {}):
+            if name in ("model", "checkpoint", "tensorboard"):
+                raise ValueError(f"saved_models has {name!r}, which is a folder of the run itself")
         if self.config.resume:
             self.resume()
         if self.is_main:
             (self.folder / "samples.md").unlink(missing_ok=True)  # where it is, the run is complete
             write_text(self.folder / "config.json", json.dumps(asdict(self.config), indent=2))
+
+    def is_evaluated(self):
+        """Say whether there is an evaluation after the last update."""
+        return bool(self.history) and self.history[-1]["update"] == self.update
 
     def resume(self):
         """Load the newest checkpoint or, if it is damaged, the one before. Raises ValueError if
@@ -2532,10 +2570,7 @@ class Run:
         if saved["parts"].keys() != self.saved_parts.keys():
             raise ValueError(f"it holds {', '.join(saved['parts'])}; expected {', '.join(self.saved_parts)}")
         for name, part in self.saved_parts.items():
-            state = saved["parts"][name]
-            if state.keys() != trained_state(part).keys():
-                raise ValueError(f"{name} has other entries")
-            part.load_state_dict(part.state_dict() | state)  # frozen weights stay
+            load_part(part, saved["parts"][name])
         self.update = int(saved["update"])
         self.kl_coef = float(saved["kl_coef"])
         self.history = list(saved["history"])
@@ -2657,8 +2692,8 @@ class Run:
         end = self.history[-1]
         if self.is_main:
             # If a reset was due in the last update, the policy is what it has become by that.
-            own = dict(model=(task.policy, task.tokenizer))
-            for name, (model, tokenizer) in (own | getattr(task, "saved_models", {})).items():
+            save_model(task.policy, task.tokenizer, self.folder / "model")
+            for name, (model, tokenizer) in getattr(task, "saved_models", {}).items():
                 save_model(model, tokenizer, self.folder / name)
             with written_whole(self.folder / "curve.png") as aside:
                 plot_run(self.history, aside)
@@ -2677,6 +2712,13 @@ class Run:
         return dict(start=start, end=end, history=self.history, output_dir=str(self.folder))
 
 
+def saved_parts(task, **parts):
+    """Name what a checkpoint holds: `parts`, and what else the task trains."""
+    for name, part in getattr(task, "trained", {}).items():
+        parts[f"task.{name}"] = part
+    return parts
+
+
 def trained_state(part):
     """Return the state_dict() of a module, an optimizer or the averages; of a module without frozen
     weights."""
@@ -2686,6 +2728,13 @@ def trained_state(part):
             if not p.requires_grad:
                 state.pop(name, None)
     return state
+
+
+def load_part(part, state):
+    """Load what trained_state() has given. Raises ValueError if it has other entries."""
+    if state.keys() != trained_state(part).keys():
+        raise ValueError(f"a {type(part).__name__} has other entries")
+    part.load_state_dict(part.state_dict() | state)  # frozen weights stay
 
 
 def start_trackers(config, folder):
@@ -2744,7 +2793,7 @@ def settings_of_run(file, config_class):
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is damaged: it holds no settings")
@@ -2820,13 +2869,18 @@ def true_or_false(text):
     return words[text.lower()]
 
 
-def parser():
-    """Make one flag for each setting of Config, in its groups."""
-    style = argparse.RawDescriptionHelpFormatter
-    look = dict(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS, allow_abbrev=False)
-    flags = argparse.ArgumentParser("elastic_reset.py", argument_default=argparse.SUPPRESS, **look)
+def parser(settings):
+    """Make one flag for each setting of Config, or of a class made of it, in its groups."""
+    flags = argparse.ArgumentParser(
+        "elastic_reset.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # only what is given is a setting
+        allow_abbrev=False,
+    )
     flags.add_argument("--config", metavar="FILE", help="YAML of flags, or a run's config.json; flags win")
-    for f in fields(Config):
+    for f in fields(settings):
         if f.metadata["group"]:
             group = flags.add_argument_group(f.metadata["group"])
         words = "|".join(f.metadata["choices"]) or f.type.__name__
@@ -2851,14 +2905,14 @@ def help_of(f):
     return f"{text} (default {'; '.join(defaults)})"
 
 
-def parse_flags(argv):
-    """Return the settings given, {name: value}, by flags and by the file of --config. Config checks
-    their values."""
-    given = vars(parser().parse_args(argv))
+def parse_flags(argv, settings=Config):
+    """Return the settings given, {name: value}, by flags and by the file of --config. `settings`,
+    Config or a class made of it, will check their values."""
+    given = vars(parser(settings).parse_args(argv))
     if "config" not in given:
         return given
     path = given.pop("config")
-    known = read_settings(path)
+    known = read_settings(path, settings)
     if "method" in known and given.get("method", known["method"]) != known["method"]:
         raise ValueError(f"--method and --config {path}, which names a method too: give one")
     method = {}
@@ -2867,7 +2921,7 @@ def parse_flags(argv):
     return merged(known, method, given)
 
 
-def read_settings(path):
+def read_settings(path, settings):
     """Read the settings in a file of YAML, {name: value}. JSON is YAML too. Raises ValueError for
     other names."""
     import yaml
@@ -2875,11 +2929,11 @@ def read_settings(path):
     with open(path, encoding="utf-8") as file:
         try:
             known = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected lines like kl_coef: 0.05")
-    types = {f.name: f.type for f in fields(Config)}
+    types = {f.name: f.type for f in fields(settings)}
     for name, value in known.items():
         if name not in types:
             raise ValueError(f"{path}: there is no setting {name}")
@@ -2890,26 +2944,27 @@ def read_settings(path):
 
 
 def main(argv=None) -> int:
-    """Run the command line. Exit codes: 0 when done, 2 for flags, data or files that cannot be
-    used, 1 when a number was not finite, 128 + n when signal n stopped the run. Anything else is a
-    mistake in this file or in a reader's change to it, and Python shows where."""
+    """Run the command line. Returns its exit code, see exit_code()."""
+    return exit_code("elastic_reset.py", lambda: train(configure(**parse_flags(argv))))
+
+
+def exit_code(program, work) -> int:
+    """Call work(). Returns 0 when it is done, and else says in one line why not: 2 for flags, data
+    or files that cannot be used, 1 if a number was not finite, 128 + n if signal n stopped it. What
+    else is raised is a mistake in this file or in a reader's change to it: Python shows where."""
     warnings.simplefilter("ignore")  # other people's; what concerns the user is an error here
     try:
-        train(configure(**parse_flags(argv)))
+        work()
         return 0
     except FloatingPointError as error:
-        return explain(error, 1)
+        message, code = error, 1
     except (ValueError, OSError) as error:
-        return explain(error, 2)
+        message, code = error, 2
     except KeyboardInterrupt as error:
-        return explain(error, 128 + getattr(error, "signum", signal.SIGINT))
-
-
-def explain(error, exit_code):
-    """Print what went wrong in one line."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"elastic_reset.py: {message}", file=sys.stderr)
-    return exit_code
+        message, code = error, 128 + getattr(error, "signum", signal.SIGINT)
+    words = " ".join(str(message).split()) or type(message).__name__  # in one line
+    print(f"{program}: {words}", file=sys.stderr)
+    return code
 
 
 # ================================== 11. Other people's trainers ===================================

@@ -159,6 +159,7 @@ def test_layers_of_settings(tmp_path):
         ("model:", "model is None; expected str"),
         ("- updates", "expected lines like kl_coef: 0.05"),
         ("updates: [", "run.yaml is no YAML: while parsing a flow node"),
+        ("updates: " + "[" * 100_000, "run.yaml is no YAML: "),
     ],
 )
 def test_a_file_of_flags_is_checked_too(tmp_path, text, message, capsys):

@@ -220,6 +220,30 @@ def own(*args, **head):
 """
 
 
+WRAPPED = """
+import functools
+from elastic_reset import likelihood_loss
+
+def twice(function):
+    @functools.wraps(function)
+    def both(*args):
+        return {number} * function(*args)
+    return both
+
+own_loss = twice(likelihood_loss)
+"""
+
+
+def test_pretraining_is_cached_by_the_code_of_a_decorator(tmp_path, own_cache):
+    """inspect sees through functools.wraps; what the wrapper does is part of the loss."""
+    folders = []
+    for number in (2, 3):
+        source = WRAPPED.format(number=number)
+        folders.append(pretrained_folder(loss=functions_of(tmp_path, source).own_loss))
+        assert pretrained_folder(loss=functions_of(tmp_path, source).own_loss) == folders[-1]
+    assert len(set(folders)) == 2 == len(own_cache)
+
+
 @pytest.mark.parametrize("name", ["small_shape", "train_tokenizer", "target_logprobs", "fit"])
 def test_pretraining_is_cached_by_the_code_of_its_parts(name, tmp_path, own_cache, monkeypatch):
     """Functions that stand in for ours, in files of their own."""

@@ -81,6 +81,17 @@ def test_saved_models_begin_where_the_run_ended(tiny, tmp_path):
         assert start[name] == pytest.approx(end[name], rel=1e-5)
 
 
+def test_saved_models_leave_the_run_s_own_folders_alone(tiny, tmp_path):
+    config = configure(**tiny)
+    task = elastic_reset.TranslationGame(config)
+    task.saved_models = dict(checkpoint=(task.receiver, task.receiver_tokenizer))
+    with pytest.raises(
+        ValueError, match="saved_models has 'checkpoint', which is a folder of the run itself"
+    ):
+        train(config, task)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(tiny, method):
     own = dict(kl_coef=0.1) if method in ("ppo-kl", "ema-reference") else {}
@@ -336,7 +347,7 @@ def test_nothing_of_others_in_a_run_s_folder_is_touched(tiny, tmp_path):
     assert mine.read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3"])
+@pytest.mark.parametrize("text", ["{", "[]", "3", "[" * 100_000])
 def test_damaged_config_of_a_run(tiny, tmp_path, text, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(text)

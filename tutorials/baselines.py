@@ -39,13 +39,8 @@ one of them alone give up the others, generation by generation, and human Englis
 drift which no reward has caused."""
 
 import argparse
-import contextlib
 import copy
-import json
-import signal
 import sys
-import tempfile
-import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -176,15 +171,12 @@ class SeededIteratedLearning(TranslationGame):
 BASELINES = {"S2P": S2P, "SIL": SIL}
 
 
-def own_settings(baseline):
-    """The settings that a baseline adds to elastic_reset.py's."""
-    shared = {f.name for f in fields(Config)}
-    return [f for f in fields(BASELINES[baseline]) if f.name not in shared]
+SHARED = {f.name for f in fields(Config)}  # the settings of elastic_reset.py
 
 
 def configure_baseline(baseline, method="ppo", **given) -> Config:
     """configure() with the baseline's own settings. Raises ValueError for what cannot be set."""
-    own = {f.name: given.pop(f.name) for f in own_settings(baseline) if f.name in given}
+    own = {name: given.pop(name) for name in given.keys() - SHARED}
     given = dict(task="translation") | given
     if given["task"] != "translation":
         raise ValueError(f"--task is {given['task']}; {baseline} is a baseline of translation alone")
@@ -199,68 +191,47 @@ def train_baseline(config: Config) -> dict:
     return elastic_reset.train(config, task(config))
 
 
+def own_settings(baseline):
+    """The settings that a baseline adds to elastic_reset.py's."""
+    return [f for f in fields(BASELINES[baseline]) if f.name not in SHARED]
+
+
 def parse(argv):
     """The baseline's name, and all settings: the file of --config < the method < flags."""
+    lines = ["settings of their own:"]
+    owners = {}
+    for baseline in BASELINES:
+        for f in own_settings(baseline):
+            owners[f"--{f.name}"] = baseline
+            lines.append(f"  {baseline} --{f.name}: {f.metadata['help']} (default {f.default})")
     parser = argparse.ArgumentParser(
         "baselines.py",
         usage=argparse.SUPPRESS,
         description=__doc__,
+        epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("baseline", choices=BASELINES)
-    parser.add_argument("--config", metavar="FILE", help="YAML of flags, or a run's config.json; flags win")
-    for baseline in BASELINES:
-        group = parser.add_argument_group(baseline)
-        for f in own_settings(baseline):
-            about = f"{f.metadata['help']} (default {f.default})"
-            group.add_argument(f"--{f.name}", type=f.type, metavar="N", help=about)
-    own, rest = parser.parse_known_args(argv)
-    own = vars(own)
-    baseline = own.pop("baseline")
-    names = {f.name for f in own_settings(baseline)}
-    if others := own.keys() - names - {"config"}:
-        raise ValueError(f"{min(others)} is not a setting of {baseline}")
-    with tempfile.TemporaryDirectory() as folder:
-        if "config" in own:
-            path, own_of_file = divided(own.pop("config"), names, folder)
-            rest, own = ["--config", str(path), *rest], own_of_file | own
-        given = parse_flags(rest)
-        if "method" not in given:
-            given = parse_flags([*rest, "--method=ppo"])
-    return baseline, given | own
-
-
-def divided(path, names, folder):
-    """A copy, in `folder`, of a file of --config without the settings of these names; and {name: value}."""
-    import yaml
-
-    text, own = Path(path).read_text(encoding="utf-8"), {}
-    with contextlib.suppress(yaml.YAMLError, AttributeError):  # parse_flags() will say what is wrong
-        settings = yaml.safe_load(text)
-        own = {name: settings.pop(name) for name in names & settings.keys()}
-        text = json.dumps(settings)
-    copied = Path(folder, Path(path).name)
-    copied.write_text(text, encoding="utf-8")
-    return copied, own
+    known, rest = parser.parse_known_args(argv)
+    baseline = known.baseline
+    for word in rest:
+        if owners.get(word.partition("=")[0], baseline) != baseline:
+            raise ValueError(f"{word.removeprefix('--')} is not a setting of {baseline}")
+    given = parse_flags(rest, BASELINES[baseline])
+    if "method" not in given:
+        given = parse_flags([*rest, "--method=ppo"], BASELINES[baseline])
+    return baseline, given
 
 
 def main(argv=None) -> int:
     """The command line; exit codes as those of elastic_reset.py."""
-    warnings.simplefilter("ignore")
-    try:
+
+    def work():
         baseline, given = parse(sys.argv[1:] if argv is None else argv)
         train_baseline(configure_baseline(baseline, **given))
-        return 0
-    except FloatingPointError as error:
-        message, code = error, 1
-    except (ValueError, OSError) as error:
-        message, code = error, 2
-    except KeyboardInterrupt as error:
-        message, code = error, 128 + getattr(error, "signum", signal.SIGINT)
-    print(f"baselines.py: {' '.join(str(message).split()) or type(message).__name__}", file=sys.stderr)
-    return code
+
+    return elastic_reset.exit_code("baselines.py", work)
 
 
 if __name__ == "__main__":

@@ -279,9 +279,8 @@ def evaluation_of(config):
     elastic = elastic_reset.ElasticReset(model.policy)  # its init is theta_0
     path = Path(config.output_dir) / "checkpoint" / "state.pt"
     saved = torch.load(path, map_location="cpu", weights_only=True)["parts"]
-    parts = {f"task.{name}": part for name, part in getattr(task, "trained", {}).items()}
-    for name, part in (dict(model=model, elastic=elastic) | parts).items():
-        part.load_state_dict(part.state_dict() | saved[name])  # of the policy without frozen weights
+    for name, part in elastic_reset.saved_parts(task, model=model, elastic=elastic).items():
+        elastic_reset.load_part(part, saved[name])
     trained = [p.detach().to(i.dtype, copy=True) for p, i in zip(elastic.params, elastic.init, strict=True)]
 
     @torch.no_grad()
