@@ -269,6 +269,8 @@ def exit_code(main, words):
         ("--task imdb --methods ppo:seed=3", "seed is the comparison's"),
         ("--task imdb --methods ppo:output_dir=x", "output_dir is the comparison's"),
         ("--task imdb --methods ppo:mixtures=many", "mixtures is many; expected 0 to 99"),
+        ("--task imdb --methods elastic-reset:share=2", "share is 2; expected a number between 0 and 1"),
+        ("--task imdb --methods elastic-reset:share=0.0", "share is 0.0; expected a number between 0 and 1"),
         ("--task imdb --methods ppo:kl_coff=0.1", "kl_coff"),
         ("--task imdb --methods ppo --kl_coef -1", "kl_coef"),
         ("--task imdb --methods ppo --jobs 0", "--jobs 0; expected 1 or more"),
@@ -307,6 +309,17 @@ def test_settings_of_a_method(tmp_path):
     assert config.output_dir == str(tmp_path / "ppo,kl_coef=0.2,model=a%2Fb%3Ac" / "seed7")
     other = dict(method="ppo", seed=7, kl_coef=0.2, model="a/b:c", output_dir=config.output_dir, resume=True)
     assert config == configure(**parse_flags(shared) | other)
+
+
+def test_the_share_of_a_reset_sets_the_decay(tmp_path):
+    """After as many updates as a period has, the start's weight in the average is decay ** period."""
+    shared = ["--task", "translation"]
+    label = "elastic-reset:reset_every=100:share=0.35"
+    config, _ = program.settings_of(label, 0, shared, tmp_path)
+    assert config.reset_every == 100 and config.ema_decay**100 == pytest.approx(0.35, rel=1e-3)
+    assert config.output_dir == str(tmp_path / "elastic-reset,reset_every=100,share=0.35" / "seed0")
+    config, _ = program.settings_of("elastic-reset:share=.5", 0, shared, tmp_path)
+    assert config.reset_every == 50 and config.ema_decay**50 == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_method_overrides_a_file_and_flags_override_the_method(tmp_path):

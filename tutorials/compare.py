@@ -18,8 +18,11 @@ A method may have settings of its own, behind colons; a setting with several val
 as many methods. What a file of --config says, a method overrides; what other flags say, all methods share.
 What differs in kl_coef and learning_rate alone is one curve, and `ppo` is the curve of `ppo-kl` at the
 coefficient 0. Plain `ppo` also gives the curve of a policy that is stopped early, at each of its evaluations.
-Two settings are known here alone, and take evaluations without further training:
+Three settings are known here only. The first one sets ema_decay, the others take evaluations without
+further training:
 
+    elastic-reset:share=0.35   how far back a reset goes: the share of theta_0 in the weights that it gives,
+                               ema_decay to the power of reset_every
     ppo-kl:average=1   at the end, the moving average of the policy is evaluated too (Polyak averaging)
     ppo:mixtures=9     so are nine mixtures theta_0 + eta (theta - theta_0) of start and end, the last stage
                        of WARP (arXiv 2406.16768)
@@ -119,6 +122,9 @@ def settings_of(label, seed, shared, folder):
     afterwards = {f"eta {eta:.2f}": eta for eta in etas} | ({"average": None} if average == "1" else {})
     file, _, baseline = method.rpartition(":")
     name = quote(join_label(baseline, own.items(), ","), safe=",=")  # a value may be a path
+    share = own.pop("share", "")
+    if share:
+        own["ema_decay"] = decay_of(share, label, own, shared)
     flags = [*shared, *(f"--{name}={value}" for name, value in own.items())]
     place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
     if not file:
@@ -126,6 +132,14 @@ def settings_of(label, seed, shared, folder):
     program = program_at(file)
     _, given = program.parse([baseline, *flags])
     return program.configure_baseline(baseline, **given | place), afterwards
+
+
+def decay_of(share, label, own, shared):
+    """The ema_decay at which theta_0 has this share, a word of the label, in the weights after a reset."""
+    if not re.fullmatch(r"0?[.]\d+", share) or float(share) == 0:
+        raise ValueError(f"--methods {label}: share is {share}; expected a number between 0 and 1, as 0.35")
+    given = parse_flags([*shared, *(f"--{name}={value}" for name, value in own.items())])
+    return round(float(share) ** (1 / configure(**given).reset_every), 6)
 
 
 def program_at(file):
