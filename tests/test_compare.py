@@ -1,5 +1,6 @@
-"""tutorials/compare.py: the numbers by hand, the recorded comparisons, comparisons made of processes."""
+"""tutorials/compare.py and tradeoff.py: numbers by hand, recorded comparisons, comparisons made of processes."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pandas
 import psutil
 import pytest
 from conftest import ROOT, TINY
@@ -15,25 +17,23 @@ from hypothesis import strategies as st
 
 from elastic_reset import configure, parse_flags
 from tutorials import compare as program
-from tutorials.compare import (
+from tutorials.compare import evaluation_of, expanded, finished, main, to_argv
+from tutorials.tradeoff import (
     KNOBS,
     STYLES,
     area_under_front,
-    evaluation_of,
-    expanded,
-    finished,
-    main,
+    difference,
     mean_and_error,
     method_of,
+    over_updates,
     plot_basin,
     plot_choice,
+    plot_map,
     plot_tradeoff,
-    seed_means,
     split_label,
     spread,
     styles_of,
     summary_text,
-    to_argv,
     tradeoff,
 )
 
@@ -49,64 +49,99 @@ def record_of(runs):
     """A record with its summary; a label's settings are those that it names."""
     record = dict(runs=runs, configs={}, command=[], commit="", torch="")
     for label in runs:
-        own = {name: float(value) for name, value in split_label(label)[1:] if name in KNOBS}
-        record["configs"][label] = dict(task="translation", kl_coef=0.0, learning_rate=1.0) | own
+        method, own = split_label(label)
+        config = dict(task="translation", kl_coef=0.0, learning_rate=1.0, updates=400)
+        if method == "elastic-reset":
+            config |= dict(reset="elastic", reset_every=50)
+        config |= {name: float(value) for name, value in own.items() if name in KNOBS}
+        config["ema_decay"] = float(own.get("share", 0.13)) ** (1 / config.get("reset_every", 50))
+        record["configs"][label] = config
     return record | dict(summary=tradeoff(record))
 
 
 # The numbers
 
 
-def ends(*points):
-    return [dict(drift=d, reward=r) for d, r in points]
-
-
 def test_area_by_hand():
     """A gain of 4 over the start's 1 at drift 2: of the range 1 to 3 the upper half gains 4."""
-    assert area_under_front(ends((2, 5), (2.5, 2)), 1, 1, 3) == pytest.approx(2)
-    assert area_under_front(ends((2, -4)), 0, 1, 3) == 0
-    assert area_under_front(ends((0.5, 2)), 0, 0.5, 1.5) == pytest.approx(2)
-    assert area_under_front(ends((9, 4), (2, 1), (1, 3)), 0, 1, 3) == pytest.approx(3)
+    assert area_under_front([2, 2.5], [5, 2], 1, 1, 3) == pytest.approx(2)
+    assert area_under_front([2], [-4], 0, 1, 3) == 0
+    assert area_under_front([0.5], [2], 0, 0.5, 1.5) == pytest.approx(2)
+    assert area_under_front([9, 2, 1], [4, 1, 3], 0, 1, 3) == pytest.approx(3)
 
 
 @given(st.lists(st.tuples(st.floats(0.5, 4), st.floats(-2, 5)), min_size=1, max_size=5))
 def test_area_against_its_definition(points):
     places = [1 + 2 * (i + 0.5) / 2000 for i in range(2000)]
     area = sum(max([0.0] + [r for d, r in points if d <= place]) for place in places) / 2000
-    assert area_under_front(ends(*points), 0, 1, 3) == pytest.approx(area, abs=0.02)
+    drifts, rewards = zip(*points, strict=True)
+    assert area_under_front(drifts, rewards, 0, 1, 3) == pytest.approx(area, abs=0.02)
+
+
+def numbers_of(summary, setting, name):
+    return [*summary["ends"].loc[setting][name]]
 
 
 def test_numbers_by_hand():
+    small, large = "elastic-reset:kl_coef=0.1", "elastic-reset:kl_coef=0.2"
     runs = {
-        "elastic-reset": {0: history((1, 0), (1.2, 2)), 1: history((1, 0), (1.1, 1))},
-        "elastic-reset:kl_coef=0.1": {0: history((1, 0), (1, 1)), 1: history((1, 0), (1.0, 2))},
+        small: {0: history((1, 0), (1.2, 2)), 1: history((1, 0), (1.1, 1))},
+        large: {0: history((1, 0), (1, 1)), 1: history((1, 0), (1.0, 2))},
     }
     record = record_of(runs)
     numbers = record["summary"]
     assert numbers["range"] == [1, 1.5] and numbers["floor"] == 0
-    plain, other = numbers["settings"].values()
-    assert plain["reward"] == [2, 1] and plain["drift"] == [1.2, 1.1]
-    assert plain["area"] == pytest.approx([0.3 / 0.5 * 2, 0.4 / 0.5 * 1]) and other["area"] == [1, 2]
-    method = numbers["methods"]["elastic-reset"]
-    assert method["best"] == pytest.approx([1 + 0.3 / 0.5 * 1, 2])
-    assert method["chosen"] == "elastic-reset:kl_coef=0.1" and method["worst"] == "elastic-reset"
-    again = tradeoff(record | dict(chosen={"elastic-reset": "elastic-reset"}))
-    assert again["methods"]["elastic-reset"]["chosen"] == "elastic-reset"
+    assert numbers_of(numbers, small, "reward") == [2, 1] and numbers_of(numbers, small, "drift") == [
+        1.2,
+        1.1,
+    ]
+    assert numbers_of(numbers, small, "area") == pytest.approx([0.3 / 0.5 * 2, 0.4 / 0.5 * 1])
+    assert numbers_of(numbers, large, "area") == pytest.approx([1, 2])
+    name = "elastic-reset and a penalty"
+    assert [*numbers["together"][name]] == pytest.approx([1 + 0.3 / 0.5 * 1, 2])
+    assert [*numbers["methods"].loc[name]] == [2, large, small]  # settings, chosen, worst
+    again = tradeoff(record | dict(chosen={name: small}))
+    assert again["methods"].loc[name, "chosen"] == small
     with pytest.raises(ValueError, match="elastic-reset:kl_coef=0.3, chosen for"):
-        tradeoff(record | dict(chosen={"elastic-reset": "elastic-reset:kl_coef=0.3"}))
+        tradeoff(record | dict(chosen={name: "elastic-reset:kl_coef=0.3"}))
 
 
 def test_in_the_game_gains_begin_where_the_receiver_gets_alone():
     runs = {"fixed-sender": {0: history((1, 0), (1, 3))}, "ppo": {0: history((1, 0), (1, 5))}}
     numbers = record_of(runs)["summary"]
-    assert numbers["floor"] == 3 and numbers["settings"]["ppo"]["area"] == [2]
+    assert numbers["floor"] == 3 and numbers_of(numbers, "ppo", "area") == [2]
 
 
 def test_what_makes_a_method():
-    assert method_of("ppo") == method_of("ppo:learning_rate=0.1") == method_of("ppo-kl:kl_coef=3") == "ppo-kl"
-    assert method_of("elastic-reset:kl_coef=0.1:average=1") == "elastic-reset"
-    assert method_of("elastic-reset:reset_every=5") == "elastic-reset:reset_every=5"
-    assert method_of("tutorials/baselines.py:S2P:s2p_coef=1") == "S2P"
+    none, some = dict(kl_coef=0.0), dict(kl_coef=3.0)
+    assert method_of("ppo", none) == method_of("ppo:learning_rate=0.1", none) == "ppo-kl"
+    assert method_of("ppo-kl:kl_coef=3", some) == "ppo-kl"
+    assert method_of("elastic-reset:reset_every=5:share=0.3:kl_coef=0", none) == "elastic-reset"
+    assert method_of("elastic-reset:ema_decay=0.5", some) == "elastic-reset and a penalty"
+    assert method_of("elastic-reset:batch_size=5", none) == "elastic-reset:batch_size=5"
+    assert method_of("tutorials/baselines.py:S2P:s2p_coef=1", none) == "S2P"
+
+
+def test_three_drifts_of_a_setting():
+    """The largest of any evaluation, that just before the last reset, and that at the end."""
+    lines = history((1, 0), (3, 1), (1.5, 1), (2, 1), (1.2, 1))
+    lines[3]["event"] = "before reset"
+    numbers = record_of({"elastic-reset": {0: lines}, "ppo": {0: lines[:3]}})["summary"]["ends"]
+    names = ["largest", "before", "drift", "reset_every", "share"]
+    assert [*numbers.loc["elastic-reset", 0][names]] == [3, 2, 1.2, 50, 0.13]
+    assert [*numbers.loc["ppo", 0][names[:3]]] == [3, 1.5, 1.5]
+
+
+def test_a_difference_by_hand():
+    """Of 1, 2, 3 the mean is 2, its error 1 / sqrt(3). Student's t is 4.3027 for two degrees of freedom."""
+    theirs = pandas.Series([5.0, 1.0, 7.0])
+    mean, low, high, verdict = difference(theirs + [1, 2, 3], theirs)
+    assert (mean, low, high) == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), rel=1e-4)
+    assert verdict == "no clear difference"
+    assert difference(theirs + [1, 1.1, 1.2], theirs)[3] == "better"
+    assert difference(theirs - [1, 1.1, 1.2], theirs)[3] == "worse"
+    assert difference(theirs, theirs) == (0, 0, 0, "no clear difference")
+    assert difference(theirs[:2] + 1, theirs[:2])[3] == "too few seeds"
 
 
 def test_several_values_are_as_many_methods():
@@ -126,15 +161,16 @@ def test_what_a_run_delivers_beside_its_end():
     plain = history((1, 0), (1.2, 1), (2, 4), (3, 5))
     numbers = record_of({"ppo": {0: [*plain, average, mixture], 1: [*plain, average, mixture]}})["summary"]
     settings = {}
-    for label, s in numbers["settings"].items():
-        settings[label] = s["method"], [*s["knobs"].values()][2:], s["reward"][0]
+    for (label, _), row in numbers["ends"].xs(0, level="seed", drop_level=False).iterrows():
+        settings[label] = row["method"], row["reward"], row["update"]
     assert settings == {
-        "ppo": ("ppo-kl", [], 5),
-        "ppo, average": ("ppo-kl, averaged at the end", [], 3),
-        "ppo, eta 0.30": ("ppo-kl, mixed with the start", [0.3], 2),
-        "ppo at 1": ("ppo, stopped early", [1], 1),
-        "ppo at 2": ("ppo, stopped early", [2], 4),
+        "ppo": ("ppo-kl", 5, 3),
+        "ppo, average": ("ppo-kl, averaged at the end", 3, 3),
+        "ppo, eta 0.30": ("ppo-kl, mixed with the start", 2, 3),
+        "ppo at 1": ("ppo, stopped early", 1, 1),
+        "ppo at 2": ("ppo, stopped early", 4, 2),
     }
+    assert numbers["ends"].loc["ppo, eta 0.30", 0]["eta"] == 0.3
 
 
 def test_mean_and_standard_error():
@@ -144,7 +180,8 @@ def test_mean_and_standard_error():
 
 def test_means_over_the_seeds():
     runs = {0: history((1, 0), (2, 4)), 1: history((1, 2), (7, 9))}
-    assert seed_means(runs, "reward") == ([1, 6.5], [1, 2.5])
+    rewards = over_updates(runs, "reward")
+    assert [*rewards["mean"]] == [1, 6.5] and [*rewards["error"]] == pytest.approx([1, 2.5])
 
 
 # Recorded comparisons
@@ -190,25 +227,12 @@ def test_names_do_not_overlap_and_lie_within_the_picture():
     assert heights == pytest.approx([0.2, 0.3, 0.4, 0.85, 0.95])
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved."""
-    import matplotlib.figure
-
-    found, save = [], matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: [found.append(self), save(self, *a, **k)]
-    )
-    return found
-
-
 @pytest.mark.parametrize("drift", [0.5, 2, 200])
-def test_names_and_legend_of_a_picture_lie_apart(tmp_path, figures, drift):
+def test_names_and_legend_of_a_picture_lie_apart(drift):
     """The names right of the curves, the legend's and that of the start are where no other text is."""
     labels = ["elastic-reset", *(f"ppo-kl:d_model={8 * i}" for i in range(1, 9))]
     runs = {label: {0: history((1, -99), (drift, 1), (drift + i / 99, 2))} for i, label in enumerate(labels)}
-    plot_tradeoff(record_of(runs), tmp_path / "picture.png")
-    (figure,) = figures
+    figure = plot_tradeoff(record_of(runs))
     figure.draw_without_rendering()
     texts = figure.axes[1].texts + figure.legends[0].texts + figure.axes[0].texts
     texts = [text for text in texts if text.get_text()]
@@ -223,23 +247,42 @@ def test_names_and_legend_of_a_picture_lie_apart(tmp_path, figures, drift):
         assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0 and box.y1 <= figure.bbox.height
 
 
-def test_pictures_of_settings(tmp_path, figures):
-    """A curve for each method over the KL coefficient, a map for each over learning rate and coefficient."""
-    runs = {
-        f"{method}:kl_coef={coef}:learning_rate={rate}": {
-            seed: history((1, 0), (1 + rate / coef, seed + rate)) for seed in (0, 1)
-        }
-        for method in ("ppo-kl", "elastic-reset")
-        for coef in (0.1, 0.2, 0.4)
-        for rate in (0.01, 0.1)
-    }
-    record = record_of(runs)
-    plot_choice(record, tmp_path / "choice.png")
-    assert [line.get_label() for line in figures[0].axes[0].containers] == ["ppo-kl", "elastic-reset"]
-    plot_basin(record, tmp_path / "basin.png")
-    # The gain is 0.5 + rate, of which 0.9 is reached at both rates but at 0.1 only with drift 1.25 at 0.4.
-    titles = [axes.get_title() for axes in figures[1].axes[:2]]
-    assert titles == [f"{m}\n{n} of 6 cells end well" for m, n in (("ppo-kl", 2), ("elastic-reset", 2))]
+def runs_over(method, drift_of, **knobs):
+    """Runs of a method with all combinations of the values of two knobs."""
+    (one, values), (other, more) = knobs.items()
+    runs = {}
+    for a, b in itertools.product(values, more):
+        ends = {seed: history((1, 0), (drift_of(a, b), seed + b)) for seed in (0, 1)}
+        runs[f"{method}:{one}={a}:{other}={b}"] = ends
+    return runs
+
+
+def test_a_picture_of_the_coefficients():
+    runs = runs_over("ppo-kl", lambda a, b: 1 + b, kl_coef=[0.1, 0.2, 0.4], learning_rate=[0.1])
+    runs |= runs_over("elastic-reset", lambda a, b: 1 + b, kl_coef=[0.1, 0.2], learning_rate=[0.1])
+    figure = plot_choice(record_of(runs))
+    names = [line.get_label() for line in figure.axes[0].containers]
+    assert names == ["ppo-kl", "elastic-reset and a penalty"]
+
+
+def test_a_picture_of_coefficients_and_learning_rates():
+    """The rate 0.1 has nine tenths of the best gain, 0.6, and its drift counts at 0.2 and 0.4."""
+    knobs = dict(kl_coef=[0.1, 0.2, 0.4], learning_rate=[0.01, 0.1])
+    runs = runs_over("ppo-kl", lambda coef, rate: 1 + rate / coef, **knobs)
+    runs |= runs_over("elastic-reset", lambda coef, rate: 1 + rate / coef, **knobs)
+    titles = [axes.get_title() for axes in plot_basin(record_of(runs)).axes[:2]]
+    names = ("ppo-kl", "elastic-reset and a penalty")
+    assert titles == [f"{name}\n2 of 6 cells end well" for name in names]
+
+
+def test_a_map_of_periods_and_shares():
+    """Each cell has its drift and the share of the best gain; the last row is named what it is."""
+    knobs = dict(reset_every=[100, 400], share=[0.2, 0.4])
+    runs = runs_over("elastic-reset", lambda every, share: 1 + every / 1000, **knobs)
+    axes = plot_map(record_of(runs)).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1.1\n78%", "1.1\n100%", "1.4\n78%", "1.4\n100%"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["100", "400\nonce, at the end"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.2", "0.4"]
 
 
 # Comparisons

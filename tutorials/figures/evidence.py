@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import compare  # noqa: E402
+sys.path.insert(0, str(HERE.parent.parent))
+from tutorials import tradeoff  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
-CURVES = {"ppo-kl": "PPO with a KL penalty", "elastic-reset": "Elastic Reset with a KL penalty"}
+BOTH = "elastic-reset and a penalty"
+CURVES = {"ppo-kl": "PPO with a KL penalty", BOTH: "Elastic Reset with a KL penalty"}
 ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
 WORDS = {
-    "elastic-reset": "penalty and resets",
+    BOTH: "penalty and resets",
     "ppo-kl": "penalty alone",
     "ppo-kl, averaged at the end": "penalty, averaged at the end",
     "ppo-kl, mixed with the start": "penalty, mixed with the start",
@@ -40,24 +41,25 @@ ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the poin
 
 
 def settings_of(summary, method):
-    """Those of a method by their KL coefficient, at the learning rate of the chosen one."""
-    numbers = summary["methods"][method]
-    own = [summary["settings"][label] for label in numbers["labels"]]
-    rate = summary["settings"][numbers["chosen"]]["knobs"]["learning_rate"]
-    own = [setting for setting in own if setting["knobs"]["learning_rate"] == rate]
-    return {setting["knobs"]["kl_coef"]: setting for setting in own}
+    """Those of a method at the learning rate of the chosen one: {KL coefficient: a row for each seed}."""
+    ends = summary["ends"]
+    rate = ends.loc[summary["methods"].loc[method, "chosen"]]["learning_rate"].iloc[0]
+    names = [method, "elastic-reset"] if method == BOTH else [method]  # at the coefficient 0 resets are alone
+    own = ends[ends["method"].isin(names) & (ends["learning_rate"] == rate)]
+    return {coef: rows.droplevel("setting") for coef, rows in own.groupby("kl_coef")}
 
 
 def draw_panel(axes, summary):
     """A curve per method along its KL coefficients; the coefficient 0 is drawn large."""
     for method, label in CURVES.items():
-        own, (color, marker) = settings_of(summary, method), compare.STYLES[method]
+        own = settings_of(summary, method)
+        color, marker = tradeoff.STYLES[method.split()[0]]
         look = dict(color=color, marker=marker, markersize=5, linewidth=1.5, elinewidth=0.7, label=label)
         draw_points(axes, [own[coef] for coef in sorted(own) if coef], **look)
-        name, label = ALONE[method]
-        color, marker = compare.STYLES[name]
+    for method, (name, label) in ALONE.items():
+        color, marker = tradeoff.STYLES[name]
         look = dict(color=color, marker=marker, markersize=10, elinewidth=0.7, linestyle="", label=label)
-        draw_points(axes, [own[0.0]] if 0.0 in own else [], **look)
+        draw_points(axes, [settings_of(summary, method)[0.0]], **look)
     start = summary["start"]["drift"]
     axes.axvline(start, color="0.6", linestyle=":", linewidth=1.5, zorder=0)
     axes.text(start, 0.02, " start", color="0.4", transform=axes.get_xaxis_transform())
@@ -69,9 +71,9 @@ def draw_panel(axes, summary):
 
 
 def draw_points(axes, points, **look):
-    drift = [compare.mean_and_error(point["drift"]) for point in points]
-    reward = [compare.mean_and_error(point["reward"]) for point in points]
-    (x, x_error), (y, y_error) = ([[n[i] for n in numbers] for i in (0, 1)] for numbers in (drift, reward))
+    drift = [tradeoff.mean_and_error(point["drift"]) for point in points]
+    reward = [tradeoff.mean_and_error(point["reward"]) for point in points]
+    (x, x_error), (y, y_error) = zip(*drift, strict=True), zip(*reward, strict=True)
     axes.errorbar(x, y, y_error, x_error, **look)
 
 
@@ -79,7 +81,7 @@ def picture(summaries):
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, (task, summary) in zip(figure.subplots(1, len(TASKS)), summaries.items(), strict=True):
         draw_panel(axes, summary)
-        axes.set(title=TASKS[task], xlabel=f"drift ({compare.UNITS[task].split()[0]})")
+        axes.set(title=TASKS[task], xlabel=f"drift ({tradeoff.UNITS[task].split()[0]})")
         if task in ZOOM:
             inset = axes.inset_axes([0.35, 0.12, 0.6, 0.6])
             draw_panel(inset, summary)
@@ -97,30 +99,28 @@ def table(summaries):
     """Reward and drift of what each method delivers, a row per method."""
     rows = {
         "start": lambda summary: dict(reward=[summary["start"]["reward"]], drift=[summary["start"]["drift"]]),
-        "PPO": lambda summary: settings_of(summary, "ppo-kl").get(0.0),
-        "Elastic Reset alone": lambda summary: settings_of(summary, "elastic-reset").get(0.0),
+        "PPO": lambda summary: settings_of(summary, "ppo-kl")[0.0],
+        "Elastic Reset alone": lambda summary: settings_of(summary, "elastic-reset")[0.0],
         "KL penalty, best tried": lambda summary: chosen(summary, "ppo-kl"),
-        "Elastic Reset with a KL penalty, best tried": lambda summary: chosen(summary, "elastic-reset"),
+        "Elastic Reset with a KL penalty, best tried": lambda summary: chosen(summary, BOTH),
     }
     names = ["", *(f"{TASKS[task]}: {number}" for task in summaries for number in ("reward", "drift"))]
     lines = []
     for name, find in rows.items():
         found = [find(summary) for summary in summaries.values()]
-        cells = [short(numbers and numbers[which]) for numbers in found for which in ("reward", "drift")]
+        cells = [short(numbers[which]) for numbers in found for which in ("reward", "drift")]
         lines.append([name, *cells])
-    return "\n".join(compare.table(names, lines))
+    return "\n".join(tradeoff.table(names, lines))
 
 
 def chosen(summary, method):
-    setting = summary["settings"][summary["methods"][method]["chosen"]]
-    return setting if setting["knobs"]["kl_coef"] else None
+    """A row for each seed of the setting that was chosen for a method."""
+    return summary["ends"].loc[summary["methods"].loc[method, "chosen"]]
 
 
 def short(values):
-    """Mean and standard error of a list; a dash if there is none."""
-    if not values:
-        return "-"
-    mean, error = compare.mean_and_error(values)
+    """Mean and standard error of some numbers."""
+    mean, error = tradeoff.mean_and_error(values)
     return f"{rounded(mean, mean)} ± {rounded(error, mean)}" if error else rounded(mean, mean)
 
 
@@ -133,11 +133,11 @@ def without_penalty(summaries):
     """What PPO and resets end at where no KL penalty helps them."""
     rows = []
     for task, summary in summaries.items():
-        own = [settings_of(summary, method)[0.0] for method in ("ppo-kl", "elastic-reset")]
+        own = [settings_of(summary, method)[0.0] for method in ALONE]
         cells = [short(setting[name]) for setting in own for name in ("reward", "drift")]
         rows.append([TASKS[task], short([summary["start"]["drift"]]), *cells])
     names = ["", "start: drift", "PPO: reward", "PPO: drift", "resets alone: reward", "resets alone: drift"]
-    return "\n".join(compare.table(names, rows))
+    return "\n".join(tradeoff.table(names, rows))
 
 
 def by_coefficient(summary, number):
@@ -146,71 +146,79 @@ def by_coefficient(summary, number):
     coefs = sorted({coef for settings in own.values() for coef in settings})
     rows = []
     for words, settings in own.items():
-        means = [compare.mean_and_error(settings[coef][number])[0] for coef in coefs]
+        means = [tradeoff.mean_and_error(settings[coef][number])[0] for coef in coefs]
         rows.append([words, *(rounded(mean, mean) for mean in means)])
-    return "\n".join(compare.table([f"{number} at the KL coefficient", *(f"{c:g}" for c in coefs)], rows))
+    return "\n".join(tradeoff.table([f"{number} at the KL coefficient", *(f"{c:g}" for c in coefs)], rows))
 
 
 def tuned(summary):
     """Each method at its chosen setting; the last column is paired by seed."""
-    settings, rows = summary["settings"], []
-    yardstick = settings[summary["methods"]["elastic-reset"]["chosen"]]["area"]
+    rows = []
+    yardstick = chosen(summary, BOTH)["area"]
     for method, words in WORDS.items():
-        if method in summary["methods"]:
-            one = settings[summary["methods"][method]["chosen"]]
-            less = [a - b for a, b in zip(one["area"], yardstick, strict=True)]
+        if method in summary["methods"].index:
+            one = chosen(summary, method)
+            label = summary["methods"].loc[method, "chosen"].removeprefix("tutorials/baselines.py:")
             numbers = [short(one[name]) for name in ("reward", "drift", "area")]
-            label = one["label"].removeprefix("tutorials/baselines.py:")
-            rows.append([words, label, *numbers, short(less) if any(less) else ""])
+            rows.append([words, label, *numbers, "" if method == BOTH else apart(one["area"], yardstick)])
     names = ["method", "chosen", "reward", "drift", "area", "area less that of resets"]
-    return "\n".join(compare.table(names, rows))
+    return "\n".join(tradeoff.table(names, rows))
 
 
 def rivals(summaries):
-    """The area of resets less that of each rival, paired by seed. Two standard errors make a difference."""
+    """The area of resets less that of each rival, paired by seed, with 95 per cent intervals."""
     pairs = {name: rival_pairs(summaries[name]) for name in summaries}
     rows = []
     for words in dict.fromkeys(words for own in pairs.values() for words in own):
         rows.append([words, *(verdict(*own[words]) if words in own else "-" for own in pairs.values())])
     names = ["resets with a penalty, against", *(TASKS[name] for name in pairs)]
-    return "\n".join(compare.table(names, rows))
+    return "\n".join(tradeoff.table(names, rows))
 
 
 def rival_pairs(summary):
     """{words: the setting with resets, and the rival's}"""
-    methods, settings = summary["methods"], summary["settings"]
-    ours, *others = [method for method in WORDS if method in methods]
-    best = {method: settings[methods[method]["chosen"]] for method in methods}
-    pairs = {WORDS[method]: (best[ours], best[method]) for method in others}
+    methods = [method for method in WORDS if method in summary["methods"].index]
+    best = {method: chosen(summary, method) for method in methods}
+    pairs = {}
+    for method in methods[1:]:
+        pairs[WORDS[method]] = best[BOTH], best[method]
     for words, (rival, factor) in MISJUDGED.items():
-        coef = factor * best["ppo-kl"]["knobs"]["kl_coef"]
-        pairs[words] = [best_near(summary, method, coef) for method in (ours, rival)]
-    return {words: pair for words, pair in pairs.items() if all(pair)}
+        coef = factor * best["ppo-kl"]["kl_coef"].iloc[0]
+        ours = best_near(summary, BOTH, coef)
+        theirs = best_near(summary, rival, coef)
+        if ours is not None and theirs is not None:
+            pairs[words] = ours, theirs
+    return pairs
 
 
 def best_near(summary, method, coef):
     """The best setting of those whose KL coefficient is nearest to coef, if it is within a factor of 2."""
-    own = [summary["settings"][label] for label in summary["methods"][method]["labels"]]
-    distances = {c: abs(math.log(c / coef)) for s in own if (c := s["knobs"]["kl_coef"])}
+    own = summary["ends"][summary["ends"]["method"] == method]
+    distances = {c: abs(math.log(c / coef)) for c in own["kl_coef"].unique() if c}
     nearest = min(distances, key=distances.get)
-    there = [setting for setting in own if setting["knobs"]["kl_coef"] == nearest]
-    best = max(there, key=lambda setting: compare.mean_and_error(setting["area"])[0])
-    return best if distances[nearest] < math.log(2) else None
+    if distances[nearest] >= math.log(2):
+        return None
+    there = own[own["kl_coef"] == nearest]
+    return there.loc[there.groupby("setting", sort=False)["area"].mean().idxmax()]
 
 
 def verdict(ours, rival):
-    if not any(ours["area"] + rival["area"]):
+    if not any(ours["area"]) and not any(rival["area"]):
         return "neither counts"
-    mean, error = compare.mean_and_error([a - b for a, b in zip(ours["area"], rival["area"], strict=True)])
-    word = "equal" if abs(mean) <= 2 * error else "better" if mean > 0 else "worse"
-    return f"{word}: {mean:+.3f} ± {error:.3f}"
+    return f"{tradeoff.difference(ours['area'], rival['area'])[3]}: {apart(ours['area'], rival['area'])}"
+
+
+def apart(ours, rival):
+    """The mean difference, and the 95 per cent interval if there are enough seeds for one."""
+    mean, low, high, _ = tradeoff.difference(ours, rival)
+    return f"{mean:+.3f}" + ("" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
 
 
 def near_the_best(summary):
     """{words for a method: how many of its KL coefficients have nine tenths of its best area}"""
     counts = {}
     for method in ONE_EACH:
-        means = [compare.mean_and_error(s["area"])[0] for s in settings_of(summary, method).values()]
+        means = [tradeoff.mean_and_error(s["area"])[0] for s in settings_of(summary, method).values()]
         counts[WORDS[method]] = f"{sum(mean >= 0.9 * max(means) for mean in means)} of {len(means)}"
     return counts
 
@@ -219,30 +227,29 @@ def by_batch_size():
     """The area of resets less that of a rival at the same KL coefficient, in the game with other batches."""
     rows, coefs = [], (0.003, 0.01, 0.03)
     for size, folder in BATCHES.items():
-        own = compare.read_record(RESULTS / "translation" / folder)["summary"]
+        own = tradeoff.read_record(RESULTS / "translation" / folder)["summary"]
         for rival in ONE_EACH[1:]:
-            ours, theirs = settings_of(own, "elastic-reset"), settings_of(own, rival)
+            ours, theirs = settings_of(own, BOTH), settings_of(own, rival)
             words = [verdict(ours[coef], theirs[coef]) for coef in coefs]
             rows.append([f"{size} responses an update, against: {WORDS[rival]}", *words])
-    return "\n".join(compare.table(["at the KL coefficient", *(f"{coef:g}" for coef in coefs)], rows))
+    return "\n".join(tradeoff.table(["at the KL coefficient", *(f"{coef:g}" for coef in coefs)], rows))
 
 
 def real_text(summary):
     """The reward of each setting, and three numbers that may tell what it costs. Some settings that lie
     between others are left out."""
     names, rows = ("reward", "kl", "distinct_2", "drift"), []
-    for label, setting in summary["settings"].items():
+    for label in summary["ends"].index.unique("setting"):
         if not any(part in label for part in (" at ", "eta 0.20", "eta 0.60")):
-            numbers = [short([end[name] for end in setting["ends"].values()]) for name in names]
-            rows.append([label, *numbers])
+            rows.append([label, *(short(summary["ends"].loc[label][name]) for name in names)])
     start = [rounded(summary["start"][name], summary["start"][name]) for name in names]
     titles = ["", "reward", "KL from the start", "different pairs of words", "perplexity"]
-    return "\n".join(compare.table(titles, [["start", *start], *rows]))
+    return "\n".join(tradeoff.table(titles, [["start", *start], *rows]))
 
 
 def records(folder=""):
     """{task: the summary of its record}, or of that in a folder of it"""
-    return {task: compare.read_record(RESULTS / task / folder)["summary"] for task in TASKS}
+    return {task: tradeoff.read_record(RESULTS / task / folder)["summary"] for task in TASKS}
 
 
 def page_tables():
@@ -250,7 +257,7 @@ def page_tables():
     found, again = records(), records("confirmation")
     tables = {"without": without_penalty(found), "rivals": rivals(found), "rivals again": rivals(again)}
     tables["batches"] = by_batch_size()
-    tables["reviews"] = real_text(compare.read_record(RESULTS / "reviews")["summary"])
+    tables["reviews"] = real_text(tradeoff.read_record(RESULTS / "reviews")["summary"])
     for name, summary in found.items():
         tables |= {f"{number} {name}": by_coefficient(summary, number) for number in ("drift", "reward")}
         tables[f"tuned {name}"] = tuned(summary)

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import elastic_reset  # noqa: E402
 from elastic_reset import TranslationGame, configure, train  # noqa: E402
-from tutorials.compare import STYLES  # noqa: E402
+from tutorials.tradeoff import STYLES  # noqa: E402
 
 METHODS = {"ppo": "PPO", "elastic-reset": "PPO with Elastic Reset"}
 PANELS = {  # the limits, and where the last value is written
