@@ -105,12 +105,17 @@ class ElasticReset:
     the ElasticReset where you create the optimizer, after adapters and `fully_shard`, because it
     keeps references to the parameters, as an optimizer does. It never moves or replaces them.
 
-    `ema` and `init` are lists of tensors shaped like `params`. They are float32, or float64 for
-    float64 parameters. With decay 0.995 each change is so small that bfloat16 would round it away.
+    `ema` and `init` are lists of tensors shaped like `params`. `ema` is float32, or float64 for
+    float64 parameters: with decay 0.995 each change is so small that bfloat16 would round it away.
+    `init` has the parameters' own dtype, in which the start is known exactly.
 
-    `backend` is "rust" if the extension `ema_kernel` is built, all parameters are contiguous CPU
-    tensors and no two of them share memory. Else it is "foreach", torch's operations on lists of
-    tensors.
+    `device`: None keeps both beside the parameters. "cpu" keeps them in CPU memory while the policy
+    is on a GPU, where they then take nothing. A reset or an update passes the policy through two
+    staging buffers there, so it costs some time.
+
+    `backend` is "rust" if the extension `ema_kernel` is built and all parameters are contiguous CPU
+    tensors, no two of which share memory, or are staged. Else it is "foreach", torch's operations
+    on lists of tensors.
 
     Where FSDP2 has split the parameters over processes, they are DTensors, and each process
     averages its own shards. `model` must be the root module then. On one device, skip what concerns
@@ -119,16 +124,26 @@ class ElasticReset:
     Raises ValueError for settings out of range or if nothing requires a gradient, TypeError for
     parameters that are sparse, without memory (meta) or of 8 bits."""
 
-    def __init__(self, model, decay: float = 0.995, reset_every: int = 17, reset: str = "elastic"):
+    def __init__(
+        self,
+        model,
+        decay: float = 0.995,
+        reset_every: int = 17,
+        reset: str = "elastic",
+        device: str | None = None,
+    ):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
         if not (reset_every >= 1 and reset_every % 1 == 0):
             raise ValueError(f"reset_every is {reset_every}; expected a whole number of at least 1")
         if reset not in RESET_RULES:
             raise ValueError(f"reset is {reset!r}; expected one of {', '.join(RESET_RULES)}")
+        if device not in (None, "cpu"):
+            raise ValueError(f"device is {device!r}; expected 'cpu' or None, beside the parameters")
         self.decay = decay
         self.reset_every = int(reset_every)
         self.rule = reset
+        self.device = device
         self.updates = 0
         self.resets = 0
         if isinstance(model, nn.Module):
@@ -149,12 +164,13 @@ class ElasticReset:
             raise ValueError("no parameter requires a gradient, so there is nothing to average or reset")
         self.params = list(names)
         self.names = list(names.values())
-        # Not copies yet. The first call of _current_policy() replaces them by float32 copies in
-        # flat buffers.
+        # Not copies yet. The first call of _current_policy() replaces them by copies in flat
+        # buffers.
         self.ema = [local(p) for p in self.params]
         self.init = [local(p) for p in self.params]
         self._places = None
         self._flat = []
+        self._staged = []
         self._current_policy()  # called for its effect: it lays the averages out
 
     @property
@@ -180,10 +196,10 @@ class ElasticReset:
         policy = self._current_policy()
         self.updates += 1
         if self.backend == "rust":
-            for arrays, ema, _ in self._flat:
+            for arrays, ema, _ in self._fetched(policy):
                 ema_kernel.update(ema, arrays, self.decay, torch.get_num_threads())
             return
-        wide_policy = [p.to(ema.dtype) for p, ema in zip(policy, self.ema, strict=True)]
+        wide_policy = [p.to(ema) for p, ema in zip(policy, self.ema, strict=True)]
         # ema += (1 - decay) * (policy - ema)
         torch._foreach_lerp_(self.ema, wide_policy, 1 - self.decay)
 
@@ -194,19 +210,29 @@ class ElasticReset:
         policy = self._current_policy()
         self.resets += 1
         if self.backend == "rust" and self.rule == "elastic":  # the kernel knows this rule only
-            for arrays, ema, init in self._flat:
+            for arrays, ema, init in self._sent_back(policy):
                 ema_kernel.reset(arrays, ema, init, torch.get_num_threads())
-            return  # what the kernel takes is never FSDP2's, so there are no gathered copies
-        weights = {"policy": policy, "ema": self.ema, "init": self.init}
-        policy_becomes, ema_becomes = RESET_RULES[self.rule]
-        torch._foreach_copy_(policy, weights[policy_becomes])
-        torch._foreach_copy_(self.ema, weights[ema_becomes])
+        else:
+            weights = {"policy": policy, "ema": self.ema, "init": self.init}
+            policy_becomes, ema_becomes = RESET_RULES[self.rule]
+            torch._foreach_copy_(policy, weights[policy_becomes])
+            torch._foreach_copy_(self.ema, weights[ema_becomes])
         self._free_gathered_copies()
 
-    def averaged(self):
-        """Give the policy the EMA's weights inside `with elastic.averaged():`, to evaluate or save
-        it."""
-        return self.holding(self.ema)
+    @torch.no_grad()
+    def averaged(self, start: float = 0.0):
+        """Give the policy the weights (1 - start) * ema + start * init inside
+        `with elastic.averaged():`, to evaluate or save it. With the rule "none" a `start` above 0
+        makes what others call a mixture with the start, or WARP's last step."""
+        if not 0 <= start <= 1:
+            raise ValueError(f"start is {start}; expected a share from 0 to 1")
+        self._current_policy()  # moves the averages if the parameters have moved
+        if start == 0:
+            return self.holding(self.ema)
+        mixed = []
+        for ema, init in zip(self.ema, self.init, strict=True):
+            mixed.append(torch.lerp(ema, init.to(ema.dtype), start).to(init.dtype))
+        return self.holding(mixed)
 
     @contextlib.contextmanager
     def holding(self, weights: list[torch.Tensor]):
@@ -239,13 +265,17 @@ class ElasticReset:
         """Copy a state_dict() in. Full tensors will do where the parameters are DTensors. Raises
         ValueError, with nothing changed, if a name, a shape or a dtype differs."""
         own = self.state_dict()
+        state = dict(state)
         for name in own.keys() | state.keys():
             if name not in own or name not in state:
                 raise ValueError(f"not this policy's state: {name} is missing or unknown")
+            if name.startswith("init."):
+                state[name] = without_loss(state[name], own[name].dtype)
             if layout(state[name]) != layout(own[name]):
                 raise ValueError(f"not this policy's state: {name} has another shape or dtype")
-        for name, tensor in own.items():
-            tensor.copy_(distributed_like(tensor, state[name]))
+        for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
+            ema.copy_(local(distributed_like(p, state[f"ema.{name}"])))
+            init.copy_(local(distributed_like(p, state[f"init.{name}"])))
         self.updates = int(state["updates"])
         self.resets = int(state["resets"])
 
@@ -254,7 +284,7 @@ class ElasticReset:
     def __getstate__(self):
         """Leave the flat buffers out of copies and pickles, in which an average is no longer a view
         of its buffer. The copy builds new ones when it is first used."""
-        return vars(self) | {"_places": None, "_flat": []}
+        return vars(self) | {"_places": None, "_flat": [], "_staged": []}
 
     def _free_gathered_copies(self) -> None:
         """Make FSDP2 drop the gathered copies of the parameters that it may keep between passes.
@@ -275,32 +305,75 @@ class ElasticReset:
     @torch.inference_mode(False)  # averages made in inference mode could not change outside it
     @torch.no_grad()
     def _lay_out(self, policy: list[torch.Tensor]) -> None:
-        """Copy ema and init into flat buffers beside the parameters. `_flat` has, for each dtype
-        and device, the kernel's arguments: a list of parameters, ema and init, as flat NumPy arrays
-        that share the tensors' memory. It is empty if the kernel cannot be used."""
+        """Copy ema and init into flat buffers, beside the parameters or in CPU memory. `_flat` has
+        the kernel's arguments, for each dtype and device: a list of parameters, ema and init, as
+        flat NumPy arrays that share the tensors' memory. It is empty if the kernel cannot be used.
+        Where the policy is elsewhere, `_staged` has for each of these the parameters, as pairs of a
+        place in `policy` and a view of the staging buffer that the kernel gets in their stead."""
         self._flat = []
-        kernel_works = self._kernel_can_work_in_place()
+        self._staged = []
+        staging = any(lies_elsewhere(p, self.device) for p in policy)
+        kernel_works = self._kernel_can_work(in_place=not staging)
         groups = {}
         for i, p in enumerate(policy):
             groups.setdefault((p.device, p.dtype), []).append(i)
-        for (device, dtype), members in groups.items():
-            average_dtype = torch.promote_types(dtype, torch.float32)
-            ema = move_to_buffer(self.ema, members, average_dtype, device)
-            init = move_to_buffer(self.init, members, average_dtype, device)
-            if kernel_works:
-                arrays = [as_array(policy[i].view(-1)) for i in members]
-                self._flat.append((arrays, as_array(ema), as_array(init)))
+        parts = list(groups.values())
+        buffers = [None]
+        if staging:
+            parts = [part for members in parts for part in divided(members, policy)]
+            buffers = staging_buffers(parts, policy)
+        for part, buffer in zip(parts, itertools.cycle(buffers)):
+            first = policy[part[0]]
+            home = self.device or first.device
+            average_dtype = torch.promote_types(first.dtype, torch.float32)
+            ema = move_to_buffer(self.ema, part, average_dtype, home)
+            init = move_to_buffer(self.init, part, first.dtype, home)
+            if not kernel_works:
+                continue
+            if staging:
+                tensors = [buffer[: init.nbytes].view(first.dtype)]
+                self._staged.append(views_of(tensors[0], part, policy))
+            else:
+                tensors = [policy[i].view(-1) for i in part]
+            arrays = [as_array(tensor) for tensor in tensors]
+            self._flat.append((arrays, as_array(ema), as_array(init)))
 
-    def _kernel_can_work_in_place(self) -> bool:
-        """Say whether all parameters are contiguous, aligned floating-point CPU tensors and no two
-        of them share memory."""
-        if ema_kernel is None:
+    def _fetched(self, policy):
+        """Yield the kernel's arguments. What is staged is copied to its buffer before: the next part is
+        on its way while the kernel works on this one."""
+        if not self._staged:
+            yield from self._flat
+            return
+        coming = to_buffer(self._staged[0], policy)
+        for arguments, following in itertools.zip_longest(self._flat, self._staged[1:]):
+            arrived = coming
+            coming = to_buffer(following or [], policy)
+            arrived()
+            yield arguments
+
+    def _sent_back(self, policy):
+        """Yield the kernel's arguments. What it has written into a staging buffer is copied to the
+        policy afterwards, while the kernel works on the next part."""
+        leaving = [to_policy([], policy)] * 2
+        for arguments, staged in itertools.zip_longest(self._flat, self._staged):
+            leaving[0]()  # the buffer is free again
+            yield arguments
+            leaving = [leaving[1], to_policy(staged or [], policy)]
+        for left in leaving:
+            left()
+
+    def _kernel_can_work(self, in_place: bool) -> bool:
+        """Say whether all parameters are floating-point and, for work in place, contiguous, aligned CPU
+        tensors, no two of which share memory."""
+        if ema_kernel is None or not all(p.is_floating_point() for p in self.params):
             return False
+        if not in_place:
+            return True
         spans = []
         for p in self.params:
             if p.device.type != "cpu" or hasattr(p, "to_local") or not p.is_contiguous():
                 return False
-            if not p.is_floating_point() or p.data_ptr() % p.element_size() != 0:
+            if p.data_ptr() % p.element_size() != 0:
                 return False
             if p.numel():
                 spans.append((p.data_ptr(), p.data_ptr() + p.nbytes))
@@ -320,6 +393,62 @@ def move_to_buffer(tensors, members, dtype, device):
         view.copy_(tensors[i])
         tensors[i] = view  # in the same list, which others may hold on to
     return flat
+
+
+STAGING_BYTES = 128 << 20  # of each of the two buffers, or as many as the largest parameter has
+
+
+def lies_elsewhere(p, device):
+    """Say whether a parameter's averages are to be kept on another device."""
+    return device is not None and p.device.type != device
+
+
+def divided(members, policy):
+    """Divide some members of a list of tensors into parts that fit into a staging buffer."""
+    parts = [[]]
+    filled = 0
+    for i in members:
+        if parts[-1] and filled + policy[i].nbytes > STAGING_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(i)
+        filled += policy[i].nbytes
+    return parts
+
+
+def staging_buffers(parts, policy):
+    """Make two buffers of bytes in CPU memory, pinned for a GPU, which any part fits into."""
+    largest = max(sum(policy[i].nbytes for i in part) for part in parts)
+    pinned = policy[0].is_cuda
+    return [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in parts[:2]]
+
+
+def views_of(buffer, part, policy):
+    """Divide a buffer among a part's tensors. Returns pairs of a tensor's place in `policy` and its view."""
+    views = buffer.split([policy[i].numel() for i in part])
+    return [(i, view.view(policy[i].shape)) for i, view in zip(part, views, strict=True)]
+
+
+def to_buffer(staged, policy):
+    """Begin to copy parameters to a staging buffer. Returns a function that waits for the end."""
+    for i, view in staged:
+        view.copy_(policy[i], non_blocking=True)
+    return end_of_copies(staged, policy)
+
+
+def to_policy(staged, policy):
+    """Begin to copy a staging buffer to its parameters. Returns a function that waits for the end."""
+    for i, view in staged:
+        policy[i].copy_(view, non_blocking=True)
+    return end_of_copies(staged, policy)
+
+
+def end_of_copies(staged, policy):
+    """Return a function that waits until what was just begun is done. On the CPU it is done already."""
+    if not staged or policy[staged[0][0]].device.type == "cpu":
+        return lambda: None
+    stream = torch.accelerator.current_stream(policy[staged[0][0]].device)
+    return stream.record_event().synchronize
 
 
 def local(p):
@@ -347,6 +476,15 @@ def distributed_like(p, full):
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(full, p.device_mesh, p.placements)
+
+
+def without_loss(tensor, dtype):
+    """Return a start in the policy's dtype. Earlier versions kept it in float32. What that dtype cannot hold
+    is returned unchanged."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype == dtype:
+        return tensor
+    rounded = tensor.to(dtype)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
 
 
 def layout(tensor):
@@ -407,6 +545,7 @@ class Config:
     reset_every: int = setting(40, "PPO updates between resets", 1)
     ema_decay: float = setting(0.97, "share of itself that the EMA keeps when it moves", 0, 1)
     ema_update: str = setting("update", "when the EMA moves", choices=("update", "epoch"))
+    ema_device: str = setting("policy", "where EMA and start are kept", choices=("policy", "cpu"))
 
     learning_rate: float = setting(2e-4, "AdamW's", 0, 1, group="PPO")
     value_learning_rate: float = setting(0.0, "of the value function; 0: learning_rate", 0, 1)
@@ -496,6 +635,16 @@ class Config:
             fits = fits and low <= value <= largest
         if not fits:
             raise ValueError(f"{f.name} is {value!r}; expected {expected}")
+
+    @property
+    def averaging(self) -> dict:
+        """Return the settings of ElasticReset."""
+        return dict(
+            decay=self.ema_decay,
+            reset_every=self.reset_every,
+            reset=self.reset,
+            device="cpu" if self.ema_device == "cpu" else None,
+        )
 
     @property
     def sampling(self) -> dict:
@@ -1065,7 +1214,7 @@ def train(config: Config, task: "Task | None" = None) -> dict:
     run.borrow(task.policy)
     check_sampling(task, config)
     model, optimizer = prepare_policy(task.policy, config, run.accelerator)  # with task.policy in it
-    elastic = ElasticReset(model.policy, config.ema_decay, config.reset_every, config.reset)
+    elastic = ElasticReset(model.policy, **config.averaging)
     reference = elastic.ema if config.kl_reference == "ema" else elastic.init
     parts = config.gradient_accumulation_steps
     run.begin(task, model, optimizer, elastic)
@@ -2976,7 +3125,8 @@ class ElasticResetCallback:
 
         Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)])
 
-    It counts optimizer steps. If the model has a PEFT adapter, the adapter is averaged and reset.
+    Its settings are those of ElasticReset. It counts optimizer steps. If the model has a PEFT
+    adapter, the adapter is averaged and reset.
     It works on one process, with DDP and with FSDP2. `elastic`, the ElasticReset, is there once
     train() has begun.
 
@@ -2984,10 +3134,8 @@ class ElasticResetCallback:
     told which folder train(resume_from_checkpoint=...) goes on from. If that is not in output_dir,
     name it in TrainingArguments(resume_from_checkpoint=...) as well."""
 
-    def __init__(self, decay=0.995, reset_every=17, reset="elastic"):
-        self.decay = decay
-        self.reset_every = reset_every
-        self.reset = reset
+    def __init__(self, decay=0.995, reset_every=17, reset="elastic", device=None):
+        self.settings = dict(decay=decay, reset_every=reset_every, reset=reset, device=device)
         self.elastic = None
 
     def on_train_begin(self, args, state, control, model, optimizer=None, **kwargs):
@@ -3006,12 +3154,11 @@ class ElasticResetCallback:
         if any(refused.values()):
             found = " and ".join(filter(refused.get, refused))
             raise ValueError(f"ElasticResetCallback works without {found}")
-        self.elastic = ElasticReset(model, self.decay, self.reset_every, self.reset)
+        self.elastic = ElasticReset(model, **self.settings)
         if state.global_step:
             self.load(args, state)
         self.run = os.urandom(8).hex()  # a checkpoint and its averages share this number
-        settings = dict(decay=self.decay, reset_every=self.reset_every, reset=self.reset)
-        saved = dict(args=settings, attributes=dict(run=self.run))  # as transformers has it
+        saved = dict(args=self.settings, attributes=dict(run=self.run))  # as transformers has it
         state.stateful_callbacks[type(self).__name__] = saved
 
     def load(self, args, state):

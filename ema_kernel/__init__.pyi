@@ -34,7 +34,7 @@ def reset(policies: Sequence[NDArray[Any]], ema: NDArray[Any], init: NDArray[Any
     Args:
         policies: the parameters, as `update` takes them; none may share memory with another.
         ema: the average of all parameters, one after the other; float32, or float64 for float64 parameters.
-        init: what the average becomes; of the dtype and length of `ema`.
+        init: what the average becomes; of the policies' dtype, as long as `ema`.
         threads: at most so many work on it; up to 524,288 elements stay on one.
 
     Raises:

@@ -171,12 +171,13 @@ def our_reset(policy):
 def two_copies(policy):
     params = flat(policy)
     ema = params.float().clone()
-    init = ema.clone()
+    init = params.clone()
     return lambda: (params.copy_(ema), ema.copy_(init))
 
 
 def two_foreach_copies(policy):
-    params, ema, init = [p.detach() for p in policy.parameters()], copies(policy), copies(policy)
+    params, ema = [p.detach() for p in policy.parameters()], copies(policy)
+    init = [p.clone() for p in params]
     return lambda: (torch._foreach_copy_(params, ema), torch._foreach_copy_(ema, init))
 
 

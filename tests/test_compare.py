@@ -1,4 +1,4 @@
-"""tutorials/compare.py and tradeoff.py: numbers by hand, recorded comparisons, comparisons made of processes."""
+"""tutorials/compare.py and tradeoff.py: numbers by hand, recorded comparisons, runs in processes."""
 
 import itertools
 import json

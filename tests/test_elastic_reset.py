@@ -23,11 +23,21 @@ from elastic_reset import RESET_RULES, ElasticReset
 needs_kernel = pytest.mark.skipif(elastic_reset.ema_kernel is None, reason="ema_kernel is not built")
 
 
-@pytest.fixture(params=[pytest.param("rust", marks=needs_kernel), "foreach"])
+def stage(monkeypatch, nbytes=64):
+    """Let averages be kept as those of a policy on a GPU with device="cpu", also where it is on the CPU."""
+    monkeypatch.setattr(elastic_reset, "lies_elsewhere", lambda p, device: True)
+    monkeypatch.setattr(elastic_reset, "STAGING_BYTES", nbytes)
+
+
+@pytest.fixture(
+    params=[pytest.param("rust", marks=needs_kernel), pytest.param("staged", marks=needs_kernel), "foreach"]
+)
 def backend(request, monkeypatch):
     if request.param == "foreach":
         monkeypatch.setattr(elastic_reset, "ema_kernel", None)
-    return request.param
+    if request.param == "staged":
+        stage(monkeypatch)
+    return request.param.replace("staged", "rust")
 
 
 def filled(module, value):
@@ -104,7 +114,8 @@ def test_low_precision_policy_has_a_float32_average(backend, dtype):
     for _ in range(100):
         elastic.update()
     expected = 1.125 - 0.125 * 0.995**100
-    assert {average.dtype for average in elastic.ema + elastic.init} == {torch.float32}
+    assert {average.dtype for average in elastic.ema} == {torch.float32}
+    assert {start.dtype for start in elastic.init} == {dtype}
     assert values_of(elastic.ema).pop() == pytest.approx(expected, rel=1e-5)  # a bfloat16 average stays at 1
     elastic.reset()
     assert values_of(model.parameters()) == {float(torch.tensor(expected).to(dtype))}
@@ -113,7 +124,7 @@ def test_low_precision_policy_has_a_float32_average(backend, dtype):
 def test_mixed_dtypes(backend):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).to(torch.bfloat16), nn.Linear(3, 3).double())
     elastic = ElasticReset(model, decay=0.5)
-    expected = [0.5 * init + 2.0 for init in elastic.init]
+    expected = [0.5 * ema + 2.0 for ema in elastic.ema]
     filled(model, 4.0)
     elastic.update()
     torch.testing.assert_close(elastic.ema, expected)
@@ -158,6 +169,100 @@ def test_averaged_puts_everything_back(backend):
         filled(model, 9.0)
         raise RuntimeError("inside")
     assert values_of(model.parameters()) == {3.0} and values_of(elastic.ema) == {2.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averaged_with_a_share_of_the_start(backend, dtype):
+    model = nn.Linear(3, 2).to(dtype)
+    elastic = ElasticReset(model, decay=0.5)
+    start = [p.detach().clone() for p in model.parameters()]
+    filled(model, 3.0)
+    elastic.update()
+    for share in (0.0, 0.3, 1.0):
+        with elastic.averaged(start=share):
+            for p, init, ema in zip(model.parameters(), start, elastic.ema, strict=True):
+                mixed = (1 - share) * ema + share * init.float()
+                torch.testing.assert_close(
+                    p.detach(), mixed.to(dtype), rtol=1e-6 if dtype.itemsize == 4 else 0, atol=0
+                )
+        assert values_of(model.parameters()) == {3.0}
+    with elastic.averaged(start=1.0):
+        assert all(map(torch.equal, model.parameters(), start))
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="expected a share from 0 to 1"):
+            elastic.averaged(start=wrong)
+
+
+def random_model(rng):
+    """Some parameters of random dtypes and shapes, among them empty, transposed and large ones."""
+    params = []
+    for _ in range(rng.integers(1, 8)):
+        dtype = [torch.float32, torch.bfloat16, torch.float16, torch.float64][rng.integers(4)]
+        shape = tuple(int(n) for n in rng.integers(0, 9, size=rng.integers(0, 4)))
+        values = torch.tensor(rng.normal(size=shape), dtype=dtype)
+        params.append(nn.Parameter(values.t() if values.dim() == 2 and rng.random() < 0.5 else values))
+    return params
+
+
+@needs_kernel
+def test_direct_staged_and_foreach_agree_over_random_models(monkeypatch):
+    """An update to one unit in the last place, a reset exactly; staged and direct to the bit."""
+    for seed in range(200):
+        weights = {}
+        kernels = set()
+        for way in ("direct", "staged", "foreach"):
+            with monkeypatch.context() as patch:
+                if way == "staged":
+                    stage(patch, nbytes=int(np.random.default_rng(seed).integers(1, 200)))
+                if way == "foreach":
+                    patch.setattr(elastic_reset, "ema_kernel", None)
+                rng = np.random.default_rng(seed)
+                params = random_model(rng)
+                elastic = ElasticReset(params, decay=float(rng.random()), reset_every=3)
+                if elastic.backend == "rust":  # not so direct, where a parameter is not contiguous
+                    kernels.add(way)
+                for _ in range(2):
+                    with torch.no_grad():
+                        for p in params:
+                            p += torch.tensor(rng.normal(size=p.shape), dtype=p.dtype)
+                    elastic.update()
+                averages = [ema.clone() for ema in elastic.ema]
+                expected = [ema.to(p.dtype) for ema, p in zip(averages, params, strict=True)]
+                starts = [init.to(ema.dtype) for init, ema in zip(elastic.init, averages, strict=True)]
+                elastic.reset()
+                assert all(map(torch.equal, params, expected)) and all(map(torch.equal, elastic.ema, starts))
+                weights[way] = averages
+        assert "staged" in kernels
+        if "direct" in kernels:
+            assert all(map(torch.equal, weights["direct"], weights["staged"]))
+        for ours, torchs in zip(weights["staged"], weights["foreach"], strict=True):
+            torch.testing.assert_close(ours, torchs, rtol=4 * torch.finfo(ours.dtype).eps, atol=1e-6)
+
+
+def test_parts_fit_into_the_buffers(monkeypatch):
+    """Of parameters of 4, 8, 4, 12 and 100 bytes, with buffers of 16: (4, 8, 4), (12), (100)."""
+    stage(monkeypatch, nbytes=16)
+    model = [nn.Parameter(torch.ones(n)) for n in (1, 2, 1, 3, 25)]
+    elastic = ElasticReset(model)
+    assert [[place for place, _ in staged] for staged in elastic._staged] == [[0, 1, 2], [3], [4]]
+    buffers = {view.untyped_storage().data_ptr() for staged in elastic._staged for _, view in staged}
+    assert len(buffers) == 2
+    assert {view.untyped_storage().nbytes() for staged in elastic._staged for _, view in staged} == {100}
+
+
+def test_a_start_that_was_saved_in_float32_is_loaded(backend):
+    """As earlier versions did for 16-bit policies. It may be one that the policy's dtype cannot hold."""
+    model = nn.Linear(3, 2).bfloat16()
+    elastic = ElasticReset(model)
+    state = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
+    old = state | {name: tensor.float() for name, tensor in state.items() if name.startswith("init.")}
+    filled(model, 2.0)
+    elastic.update()
+    elastic.load_state_dict(old)
+    torch.testing.assert_close(elastic.state_dict(), state, rtol=0, atol=0)
+    old["init.bias"] = old["init.bias"] + 1e-6
+    with pytest.raises(ValueError, match="init.bias has another shape or dtype"):
+        elastic.load_state_dict(old)
 
 
 def test_a_policy_that_is_cast_while_averaged_gets_its_own_weights_back(backend):
@@ -229,6 +334,7 @@ def test_unusable_arguments():
         "reset_every is 0": dict(reset_every=0),
         "reset_every is 2.5": dict(reset_every=2.5),
         "one of elastic, ema, init, none": dict(reset="both"),
+        "device is 'cuda'; expected 'cpu' or None": dict(device="cuda"),
     }.items():
         with pytest.raises(ValueError, match=error):
             ElasticReset(model, **arguments)
@@ -277,7 +383,8 @@ def test_one_call_of_the_kernel_a_dtype_with_the_parameters_own_arrays(monkeypat
     for (policies, averages), params in zip(calls, [floats, halves] * 2, strict=True):
         found = [(array.__array_interface__["data"][0], array.size) for array in policies]
         assert found == [(p.data_ptr(), p.numel()) for p in params]
-        assert all(a.shape == (sum(p.numel() for p in params),) and a.dtype == np.float32 for a in averages)
+        assert all(a.shape == (sum(p.numel() for p in params),) for a in averages)
+        assert averages[0].dtype == np.float32
     update_of_floats, reset_of_floats = calls[0][1], calls[2][1]
     for array, lists in ((update_of_floats[0], elastic.ema), (reset_of_floats[1], elastic.init)):
         assert array.__array_interface__["data"][0] == lists[0].data_ptr()
@@ -461,9 +568,10 @@ def test_a_copy_outlives_what_it_was_made_of(kept, memory, backend):
         assert elastic.updates == 2 and elastic.backend == backend
 
 
-def test_two_processes():
+@pytest.mark.parametrize("way", ["foreach", pytest.param("staged", marks=needs_kernel)])
+def test_two_processes(way):
     """DDP, and FSDP2's shards: see what_each_process_sees()."""
-    code = "import test_elastic_reset as tests; tests.what_each_process_sees()"
+    code = f"import test_elastic_reset as tests; tests.what_each_process_sees({way!r})"
     port = str(free_port())
     environment = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     environment |= dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
@@ -490,7 +598,7 @@ def whole_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def what_each_process_sees():
+def what_each_process_sees(way):
     import tempfile
 
     import torch.distributed.checkpoint as dcp
@@ -499,6 +607,8 @@ def what_each_process_sees():
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo")
+    if way == "staged":
+        stage(pytest.MonkeyPatch())
     torch.manual_seed(0)
     one = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     two, whole = copy.deepcopy(one), nn.Linear(4, 3)
@@ -511,7 +621,7 @@ def what_each_process_sees():
     shards = copy.deepcopy(whole)
     fully_shard(shards, mesh=dist.init_device_mesh("cpu", (2,)))
     elastic, expected = ElasticReset(shards, 0.5), ElasticReset(whole, 0.5)
-    assert elastic.backend == "foreach"
+    assert elastic.backend == way.replace("staged", "rust")
     for model in (shards, whole):
         filled(model, 3.0)
     elastic.update()

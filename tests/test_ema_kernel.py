@@ -102,11 +102,12 @@ def test_update_follows_the_formula_bit_for_bit(dtype, lengths, decay, threads, 
 @given(lengths=LENGTHS, threads=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_reset_restarts_from_the_average(dtype, lengths, threads, seed):
     rng, average = np.random.default_rng(seed), average_of(dtype)
-    policy, ema, init = (any_bits(rng, d, sum(lengths)) for d in (dtype, average, average))
+    start = dtype if lengths else average  # without policies the average's dtype is the only one
+    policy, ema, init = (any_bits(rng, d, sum(lengths)) for d in (dtype, average, start))
     policies, expected, untouched = cut(policy, lengths), narrow(ema, dtype), init.copy()
     assert reset(policies, ema, init, threads) is None
     assert same_bits(np.concatenate([*policies, policy[:0]]), expected)
-    assert ema.tobytes() == init.tobytes() == untouched.tobytes()
+    assert same_bits(ema, widen(init)) and init.tobytes() == untouched.tobytes()
 
 
 def test_arithmetic_that_needs_no_oracle():
@@ -125,7 +126,7 @@ def test_nan_stays_nan(dtype):
     """Even one whose payload lies in the bits that rounding drops, or which a carry would wrap around."""
     ema = np.array([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], np.uint32).view(F32)
     policy = np.zeros(len(ema), dtype)
-    reset([policy], ema, np.zeros(len(ema), F32))
+    reset([policy], ema, np.zeros(len(ema), dtype))
     assert np.isnan(widen(policy)).all()
 
 
@@ -214,6 +215,11 @@ MISUSE_OF_RESET = {
         r"policies\[1\] is .* but is read-only",
     ),
     "init of other dtype": (lambda: {"init": ones(8, F64)}, TypeError, "init must be float32 for float32"),
+    "init of the average's dtype": (
+        lambda: {"policies": [ones(8, F16)]},
+        TypeError,
+        "init must be float16 for float16 policies, not float32",
+    ),
     "init of other length": (lambda: {"init": ones(1)}, ValueError, "init must be as long as all policies"),
     "init strided": (lambda: {"init": ones(16)[::2]}, ValueError, "init must be contiguous"),
     "init missing": (lambda: {"init": None}, TypeError, "init must be a NumPy array"),
@@ -417,9 +423,11 @@ class TestWithTorch:
     def test_reset_rounds_as_torch_does(self, torch, name):
         policies = [torch.zeros(n, dtype=getattr(torch, name)) for n in (600, 1, 400)]
         ema = torch.randn(1001, dtype=torch.float64 if name == "float64" else torch.float32)
-        average, init = ema.clone(), torch.ones_like(ema)
-        reset(self.numpy(torch, policies), ema.numpy(), init.numpy())
-        assert torch.equal(torch.cat(policies), average.to(policies[0].dtype)) and torch.equal(ema, init)
+        average, init = ema.clone(), torch.randn(1001).to(policies[0].dtype)
+        (start,) = self.numpy(torch, [init])
+        reset(self.numpy(torch, policies), ema.numpy(), start)
+        assert torch.equal(torch.cat(policies), average.to(init.dtype))
+        assert torch.equal(ema, init.to(ema.dtype))
 
     def test_a_tensor_is_told_how_to_become_an_array(self, torch):
         with pytest.raises(TypeError, match=r"policies\[0\] .* not torch.Tensor; .*tensor\.numpy\(\)"):

@@ -324,17 +324,17 @@ def evaluation_of(config):
     task = elastic_reset.TASKS[config.task](config)
     model, _ = elastic_reset.prepare_policy(task.policy, config, elastic_reset.processes())
     elastic = elastic_reset.ElasticReset(model.policy)  # its init is theta_0
+    end = elastic_reset.ElasticReset(model.policy, decay=0.0)  # so is this one's
     path = Path(config.output_dir) / "checkpoint" / "state.pt"
     saved = torch.load(path, map_location="cpu", weights_only=True)["parts"]
     for name, part in elastic_reset.saved_parts(task, model=model, elastic=elastic).items():
         elastic_reset.load_part(part, saved[name])
-    trained = [p.detach().to(i.dtype, copy=True) for p, i in zip(elastic.params, elastic.init, strict=True)]
+    end.update()  # its average is what was trained
 
-    @torch.no_grad()
     def evaluation(eta):
-        for p, start, end, average in zip(elastic.params, elastic.init, trained, elastic.ema, strict=True):
-            p.copy_(average if eta is None else torch.lerp(start, end, eta))
-        metrics = elastic_reset.evaluate(task, model, elastic, config)
+        weights = elastic.averaged() if eta is None else end.averaged(start=1 - eta)
+        with weights:
+            metrics = elastic_reset.evaluate(task, model, elastic, config)
         return {name: value for name, value in metrics.items() if name != "samples"}
 
     return evaluation

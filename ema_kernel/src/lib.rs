@@ -79,7 +79,7 @@ mod _ema_kernel {
         by_dtype!(sample(policies, ema), update_as(ema, policies, decay, threads))
     }
 
-    /// Restart from the average, in place: policy <- ema, rounded to its dtype, then ema <- init.
+    /// Restart from the average, in place: policy <- ema, rounded to its dtype, then ema <- init, of that dtype.
     #[pyfunction]
     #[pyo3(signature = (policies, ema, init, threads = 1))]
     fn reset(
@@ -104,7 +104,7 @@ mod _ema_kernel {
         P::Average: Element,
     {
         let policies = typed::<P>(policies)?;
-        let ema = average::<P>(Name::Ema, ema, &policies)?;
+        let ema = as_long::<P, P::Average>(Name::Ema, ema, &policies)?;
         let changed = range(ema);
         for (i, policy) in policies.iter().enumerate() {
             apart(&mut [(changed.clone(), Name::Ema), (range(policy), Name::Policy(i))])?;
@@ -131,8 +131,8 @@ mod _ema_kernel {
         P::Average: Element,
     {
         let policies = typed::<P>(policies)?;
-        let ema = average::<P>(Name::Ema, ema, &policies)?;
-        let init = average::<P>(Name::Init, init, &policies)?;
+        let ema = as_long::<P, P::Average>(Name::Ema, ema, &policies)?;
+        let init = as_long::<P, P>(Name::Init, init, &policies)?;
         let mut ranges = vec![(range(ema), Name::Ema), (range(init), Name::Init)];
         ranges.extend(policies.iter().enumerate().map(|(i, policy)| (range(policy), Name::Policy(i))));
         apart(&mut ranges)?;
@@ -220,21 +220,17 @@ mod _ema_kernel {
         Ok(arrays)
     }
 
-    /// The named array, if it is as long as the policies and has the dtype in which they are averaged.
-    fn average<'a, 'py, P>(
+    /// The named array, if it is as long as the policies together and its elements are of type T.
+    fn as_long<'a, 'py, P: Element, T: Element>(
         name: Name,
         array: &'a Bound<'py, PyAny>,
         policies: &[Array<P>],
-    ) -> PyResult<Array<'a, 'py, P::Average>>
-    where
-        P: ema::Element + Element,
-        P::Average: Element,
-    {
+    ) -> PyResult<Array<'a, 'py, T>> {
         let array = flat(name, array)?;
-        let Ok(array) = array.cast::<PyArray1<P::Average>>() else {
+        let Ok(array) = array.cast::<PyArray1<T>>() else {
             return Err(PyTypeError::new_err(format!(
                 "{name} must be {} for {} policies, not {}",
-                numpy::dtype::<P::Average>(array.py()),
+                numpy::dtype::<T>(array.py()),
                 numpy::dtype::<P>(array.py()),
                 array.dtype()
             )));
