@@ -499,7 +499,7 @@ mod tests {
     fn small_buffers_stay_on_one_thread() {
         assert_eq!([0, 1, SHARE].map(|length| helpers(length, 64)), [0; 3]);
         assert_eq!(helpers(SHARE + 1, 1), 0);
-        let on_this_machine = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let on_this_machine = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         assert_eq!(helpers(SHARE + 1, 64), 1.min(on_this_machine - 1));
     }
 
