@@ -2,6 +2,7 @@
 
     python ema_kernel/bench.py                                   all of it: an hour or two on two cores
     python ema_kernel/bench.py --cases small,lora --rounds 5     a first look
+    python ema_kernel/bench.py --device cuda --dtypes bfloat16   averages beside a policy on a GPU, and off it
     python ema_kernel/bench.py --json FILE --plot FILE.png       keep the figures, draw them
     python ema_kernel/bench.py --read FILE --plot FILE.png       draw kept figures again
 
@@ -10,7 +11,9 @@ drops it, so that all of them meet the same machine. Reported are the median ove
 takes, the gigabytes a second over the bytes that a fused update must move, and the share of the limit. The
 limit is the fastest of several kernels that read two buffers and write one, over as many bytes, in the same
 rounds. A second set of tables times each update once per step of a training loop, where torch's threads have
-just worked and are still awake. Peers that are not installed (pip install '.[bench]') and models too large
+just worked and are still awake. "Staged" averages lie in CPU memory while the policy may be on a GPU; without
+one its copies are made all the same. On a GPU the peak of its memory is reported too, above the policy. Peers
+that are not installed (pip install '.[bench]') and models too large
 for the free memory are listed as skipped; models above half a billion parameters have three rounds.
 """
 
@@ -51,7 +54,9 @@ CASES = {
     "lora": ("LoRA r16 on a 7B model", [(16, 4096), (4096, 16)] * 64),
     "gpt2": ("GPT-2 124M", gpt2(50257, 1024, 768, 12)),
     "1b": ("a 1B-parameter GPT-2", gpt2(50257, 1024, 1536, 34)),
+    "7b": ("a 7B-parameter GPT-2", gpt2(50257, 2048, 4096, 33)),
 }
+ON_A_GPU = ["gpt2", "1b", "7b"]
 LOOPS = {
     "1M": gpt2(512, 128, 128, 5),
     "10M": gpt2(2000, 256, 320, 7),
@@ -92,6 +97,22 @@ def elastic(policy):
     return elastic
 
 
+def staged(policy):
+    """The averages in CPU memory, with the copies that a policy on a GPU needs, also if it is on the CPU."""
+    import elastic_reset
+
+    elsewhere = elastic_reset.lies_elsewhere
+    elastic_reset.lies_elsewhere = lambda p, device: True
+    try:
+        return elastic_reset.ElasticReset(policy, decay=DECAY, device="cpu")
+    finally:
+        elastic_reset.lies_elsewhere = elsewhere
+
+
+def our_staged(policy):
+    return staged(policy).update
+
+
 def copies(policy):
     return [p.detach().float().clone() for p in policy.parameters()]
 
@@ -111,11 +132,15 @@ def flat_lerp(policy):
     return lambda: ema.lerp_(params.float(), 1 - DECAY)
 
 
-def averaged_model(policy):
+def averaged_model(policy, device=None):
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    averaged = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    averaged = AveragedModel(policy, device=device, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     return lambda: averaged.update_parameters(policy)
+
+
+def averaged_model_on_the_cpu(policy):
+    return averaged_model(policy, "cpu")
 
 
 def torch_ema(policy):
@@ -127,11 +152,15 @@ def torch_ema(policy):
     return lambda: ema.update(params)
 
 
-def timm(policy):
+def timm(policy, device=None):
     from timm.utils import ModelEmaV3
 
-    ema = ModelEmaV3(policy, DECAY, dtype=torch.float32)
+    ema = ModelEmaV3(policy, DECAY, device=device, dtype=torch.float32)
     return lambda: ema.update(policy)
+
+
+def timm_on_the_cpu(policy):
+    return timm(policy, "cpu")
 
 
 def diffusers(policy):
@@ -154,6 +183,7 @@ def ema_pytorch(policy):
 
 UPDATES = {
     "ElasticReset": ours,
+    "ElasticReset, staged": our_staged,
     "torch._foreach_lerp_": foreach_lerp,
     "lerp_ on flat buffers": flat_lerp,
     "torch AveragedModel": averaged_model,
@@ -164,8 +194,18 @@ UPDATES = {
 }
 
 
+OFF_THE_GPU = {
+    "AveragedModel, on the CPU": averaged_model_on_the_cpu,
+    "timm, on the CPU": timm_on_the_cpu,
+}
+
+
 def our_reset(policy):
     return elastic(policy).reset
+
+
+def our_staged_reset(policy):
+    return staged(policy).reset
 
 
 def two_copies(policy):
@@ -184,6 +224,7 @@ def two_foreach_copies(policy):
 IN_A_LOOP = ["ElasticReset", "torch._foreach_lerp_", "lerp_ on flat buffers"]
 RESETS = {
     "ElasticReset": our_reset,
+    "ElasticReset, staged": our_staged_reset,
     "copy_ twice, flat": two_copies,
     "_foreach_copy_ twice": two_foreach_copies,
 }
@@ -232,8 +273,9 @@ def seconds_of(step, device: str, at_least: float = 0.03) -> float:
     return run(calls)
 
 
-def interleaved(competitors: dict, shapes, dtype, device: str, rounds: int) -> tuple[dict, dict]:
-    """Seconds a call of each competitor, one sample a round, and why some have none."""
+def interleaved(competitors: dict, shapes, dtype, device: str, rounds: int, peaks=None) -> tuple[dict, dict]:
+    """Seconds a call of each competitor, one sample a round, and why some have none. `peaks` gets the bytes
+    of GPU memory that each takes above the policy."""
     parameters = count(shapes)
     if device == "cpu" and 20 * parameters > (free := status("MemAvailable", "/proc/meminfo")):
         needs = f"needs about {20 * parameters / 1e9:.0f} GB, free are {free / 1e9:.0f}"
@@ -244,19 +286,33 @@ def interleaved(competitors: dict, shapes, dtype, device: str, rounds: int) -> t
         random.Random(turn).shuffle(order)
         for name in order:
             try:
-                step = competitors[name](Policy(shapes, dtype, device))
+                policy = Policy(shapes, dtype, device)
+                before = gpu_memory(device)
+                step = competitors[name](policy)
                 samples[name].append(seconds_of(step, device))
-            except ImportError as error:
+                if peaks is not None and device == "cuda":
+                    peaks[name] = torch.cuda.max_memory_allocated() - before
+            except (ImportError, torch.OutOfMemoryError) as error:
                 skipped[name] = str(error).strip().split("\n")[0]
                 del samples[name]
-            step = None
+            step = policy = None
             free_memory()
     return samples, skipped
+
+
+def gpu_memory(device: str) -> int:
+    """Bytes of GPU memory in use. The peak is counted from here on."""
+    if device != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def free_memory() -> None:
     """What glibc keeps of freed memory would look as if it were in use."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -265,12 +321,19 @@ def compare(what: str, case: str, dtype: str, threads: int, device: str, rounds:
     """One table: every competitor on one case, fastest first."""
     torch.set_num_threads(threads)
     title, shapes = CASES[case]
-    bytes_moved = count(shapes) * ((8 if what == "update" else 12) + DTYPES[dtype].itemsize)
+    itemsize = DTYPES[dtype].itemsize
+    bytes_moved = count(shapes) * (8 + itemsize if what == "update" else 8 + 2 * itemsize)
     competitors = UPDATES | limits(bytes_moved, device) if what == "update" else RESETS
-    samples, skipped = interleaved(competitors, shapes, DTYPES[dtype], device, rounds)
+    if device == "cuda" and what == "update":
+        competitors = competitors | OFF_THE_GPU
+    peaks = {}
+    samples, skipped = interleaved(competitors, shapes, DTYPES[dtype], device, rounds, peaks)
     setting = {"what": what, "case": case, "title": title, "parameters": count(shapes)}
     setting |= {"dtype": dtype, "device": device, "threads": threads}
-    return ranked(setting, samples, bytes_moved), skipped
+    rows = ranked(setting, samples, bytes_moved)
+    for row in rows:
+        row["gpu_bytes_a_parameter"] = peaks.get(row["name"], 0) / count(shapes)
+    return rows, skipped
 
 
 def ranked(setting: dict, samples: dict, bytes_moved: int) -> list[dict]:
@@ -368,8 +431,12 @@ def show(rows: list[dict], skipped: dict) -> None:
         of_limit = "" if math.isnan(row["of_limit"]) else f"{row['of_limit']:6.2f} of the limit"
         print(
             f"  {row['name']:24} {row['seconds'] * 1e3:10.3f} ms {row['gigabytes_per_second']:7.1f} GB/s"
-            f" {row['seconds'] / rows[0]['seconds']:6.2f} x the fastest {of_limit}"
+            f" {row['seconds'] / rows[0]['seconds']:6.2f} x the fastest {of_limit}{gpu_bytes(row)}"
         )
+
+
+def gpu_bytes(row: dict) -> str:
+    return f" {row['gpu_bytes_a_parameter']:5.2f} B a parameter" if row["device"] == "cuda" else ""
 
 
 def plot(report: dict, path: str) -> None:
@@ -436,7 +503,12 @@ def parse():
     )
     add = parser.add_argument
     parts = [*CASES, "loop", "growth"]
-    add("--cases", type=lambda text: text.split(","), default=parts, help=f"of {','.join(parts)}")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the policy is (cpu)")
+    add(
+        "--cases",
+        type=lambda text: text.split(","),
+        help=f"of {','.join(parts)}; default: what fits the device",
+    )
     add("--dtypes", type=lambda text: text.split(","), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     add("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2], help="such as 1,2")
     add("--rounds", type=int, default=11, help="samples of each competitor")
@@ -445,6 +517,11 @@ def parse():
     add("--plot", metavar="FILE", help="draw the updates on the CPU")
     add("--read", metavar="FILE", help="take figures written by --json instead of measuring")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU that torch can use")
+    args.cases = args.cases or (
+        ON_A_GPU if args.device == "cuda" else [part for part in parts if part != "7b"]
+    )
     for given, known in (("cases", parts), ("dtypes", DTYPES)):
         if odd := set(getattr(args, given)) - set(known):
             parser.error(f"unknown --{given} {','.join(sorted(odd))}; choose of {','.join(known)}")
@@ -454,9 +531,8 @@ def parse():
 
 
 def tables(args, report: dict) -> None:
-    devices = [("cpu", threads) for threads in args.threads]
-    devices += [("cuda", 1)] if torch.cuda.is_available() else []
-    for device, threads in devices:
+    device = args.device
+    for threads in args.threads if device == "cpu" else [max(args.threads)]:
         cases = [case for case in args.cases if case in CASES]
         for case, dtype, what in itertools.product(cases, args.dtypes, ("update", "reset")):
             title, shapes = CASES[case]
@@ -493,9 +569,9 @@ def measure(args) -> dict:
         used = report["bytes_a_parameter"] = memory()
         print(f"\nbytes a parameter: {used['kept']:.2f} kept, {used['temporary']:.2f} for a moment")
     tables(args, report)
-    if "loop" in args.cases:
+    if "loop" in args.cases and args.device == "cpu":
         loops(args, report)
-    if "growth" in args.cases:
+    if "growth" in args.cases and args.device == "cpu":
         threads = max(args.threads)
         print(f"\nElasticReset.update() as the model grows, float32, {threads} thread(s)")
         report["growth"] = growth([n for n in GROWTH if n <= args.largest], threads, args.rounds)

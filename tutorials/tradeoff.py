@@ -525,7 +525,7 @@ def plot_choice(record):
     zero = min(values[values > 0]) / 3
     for axes, name in zip(panels, ("reward", "drift"), strict=True):
         for method, own in found.items():
-            means = means_of(own).sort_values("kl_coef")
+            means = means_of(with_zero(own, method, summary)).sort_values("kl_coef")
             places = means["kl_coef"].replace(0.0, zero)
             look = styles[method] | dict(label=method, markersize=5, linewidth=1.2)
             axes.errorbar(places, means[name], means[f"{name}_error"], **look)
@@ -544,6 +544,15 @@ def plot_choice(record):
     drift.set_ylabel(drift_axis(record))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def with_zero(own, method, summary):
+    """Return a method's rows and, where it has a penalty, those of the same method without one."""
+    ends = summary["ends"]
+    alone = ends[ends["method"] == method.removesuffix(" and a penalty")]
+    if method.endswith(" and a penalty") and alone.index.unique("setting").size == 1:
+        return pandas.concat([alone, own])
+    return own
 
 
 def grid_of(own, summary, row, column):
