@@ -107,15 +107,17 @@ class ElasticReset:
 
     `ema` and `init` are lists of tensors shaped like `params`. `ema` is float32, or float64 for
     float64 parameters: with decay 0.995 each change is so small that bfloat16 would round it away.
-    `init` has the parameters' own dtype, in which the start is known exactly.
+    `init` has the parameters' own dtype, in which the start is known exactly. If you cast the
+    policy to another dtype, the start is rounded with it.
 
-    `device`: None keeps both beside the parameters. "cpu" keeps them in CPU memory while the policy
-    is on a GPU, where they then take nothing. A reset or an update passes the policy through two
-    staging buffers there, so it costs some time.
+    `device`: None keeps both beside the parameters. "cpu" keeps them in CPU memory, so that they
+    take none of a GPU's. An update, or a reset of the rule "elastic", then copies the policy
+    through two staging buffers in CPU memory. averaged() still needs room on the GPU for a second
+    copy of the policy.
 
-    `backend` is "rust" if the extension `ema_kernel` is built and all parameters are contiguous CPU
-    tensors, no two of which share memory, or are staged. Else it is "foreach", torch's operations
-    on lists of tensors.
+    `backend` is "rust" if the extension `ema_kernel` is built and can be used. It can if the
+    parameters are staged, or are contiguous CPU tensors of which no two share memory. Else it is
+    "foreach", torch's operations on lists of tensors.
 
     Where FSDP2 has split the parameters over processes, they are DTensors, and each process
     averages its own shards. `model` must be the root module then. On one device, skip what concerns
@@ -252,26 +254,35 @@ class ElasticReset:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return `ema.<name>`, `init.<name>`, `updates` and `resets`: tensors, or DTensors where
         the parameters are. The tensors are not copies. The next update changes them, so clone what
-        you want to keep."""
+        you want to keep. (Of averages in CPU memory, DTensors on a GPU can only be copies.)"""
+        return dict(self.named_state())
+
+    def named_state(self):
+        """Yield the pairs of state_dict() one at a time, for a model whose averages would not fit on
+        its GPU together."""
         self._current_policy()  # moves the averages if the parameters have moved
-        state = {"updates": torch.tensor(self.updates), "resets": torch.tensor(self.resets)}
+        yield "updates", torch.tensor(self.updates)
+        yield "resets", torch.tensor(self.resets)
         for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
-            state[f"ema.{name}"] = shard_like(p, ema)
-            state[f"init.{name}"] = shard_like(p, init)
-        return state
+            yield f"ema.{name}", shard_like(p, ema)
+            yield f"init.{name}", shard_like(p, init)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Copy a state_dict() in. Full tensors will do where the parameters are DTensors. Raises
         ValueError, with nothing changed, if a name, a shape or a dtype differs."""
-        own = self.state_dict()
+        self._current_policy()
+        layouts = {"updates": (torch.Size(), torch.int64), "resets": (torch.Size(), torch.int64)}
+        for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
+            layouts[f"ema.{name}"] = (p.shape, ema.dtype)
+            layouts[f"init.{name}"] = (p.shape, init.dtype)
+        for name in sorted(layouts.keys() ^ state.keys()):
+            raise ValueError(f"not this policy's state: {name} is missing or unknown")
         state = dict(state)
-        for name in own.keys() | state.keys():
-            if name not in own or name not in state:
-                raise ValueError(f"not this policy's state: {name} is missing or unknown")
+        for name, expected in layouts.items():  # in one order on all processes
             if name.startswith("init."):
-                state[name] = without_loss(state[name], own[name].dtype)
-            if layout(state[name]) != layout(own[name]):
+                state[name] = without_loss(state[name], dtype=expected[1])
+            if layout(state[name]) != expected:
                 raise ValueError(f"not this policy's state: {name} has another shape or dtype")
         for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
             ema.copy_(local(distributed_like(p, state[f"ema.{name}"])))
@@ -282,9 +293,12 @@ class ElasticReset:
     # ---- how the averages are stored
 
     def __getstate__(self):
-        """Leave the flat buffers out of copies and pickles, in which an average is no longer a view
-        of its buffer. The copy builds new ones when it is first used."""
-        return vars(self) | {"_places": None, "_flat": [], "_staged": []}
+        """Leave the buffers out of copies and pickles. The copy builds new ones when it is first
+        used. Averages are cloned, since pickle would write the whole buffer for each view of it."""
+        own = vars(self) | {"_places": None, "_flat": [], "_staged": []}
+        own["ema"] = [ema.clone() for ema in self.ema]
+        own["init"] = [init.clone() for init in self.init]
+        return own
 
     def _free_gathered_copies(self) -> None:
         """Make FSDP2 drop the gathered copies of the parameters that it may keep between passes.
@@ -305,11 +319,13 @@ class ElasticReset:
     @torch.inference_mode(False)  # averages made in inference mode could not change outside it
     @torch.no_grad()
     def _lay_out(self, policy: list[torch.Tensor]) -> None:
-        """Copy ema and init into flat buffers, beside the parameters or in CPU memory. `_flat` has
-        the kernel's arguments, for each dtype and device: a list of parameters, ema and init, as
-        flat NumPy arrays that share the tensors' memory. It is empty if the kernel cannot be used.
-        Where the policy is elsewhere, `_staged` has for each of these the parameters, as pairs of a
-        place in `policy` and a view of the staging buffer that the kernel gets in their stead."""
+        """Copy ema and init into flat buffers, beside the parameters or in CPU memory, and prepare
+
+        _flat: what the kernel gets, for each part of the parameters: a list of arrays of these, ema
+            and init, which share memory with the tensors. Empty if the kernel cannot be used.
+        _staged: which parameters are copied to which places of a buffer, that the kernel gets in
+            place of them, for each part. Empty if it works on the parameters themselves."""
+        self._places = None
         self._flat = []
         self._staged = []
         staging = any(lies_elsewhere(p, self.device) for p in policy)
@@ -319,10 +335,10 @@ class ElasticReset:
             groups.setdefault((p.device, p.dtype), []).append(i)
         parts = list(groups.values())
         buffers = [None]
-        if staging:
-            parts = [part for members in parts for part in divided(members, policy)]
+        if staging and kernel_works:
+            parts = divided(parts, policy)
             buffers = staging_buffers(parts, policy)
-        for part, buffer in zip(parts, itertools.cycle(buffers)):
+        for part, buffer in zip(parts, itertools.cycle(buffers)):  # they take the buffers in turn
             first = policy[part[0]]
             home = self.device or first.device
             average_dtype = torch.promote_types(first.dtype, torch.float32)
@@ -331,7 +347,7 @@ class ElasticReset:
             if not kernel_works:
                 continue
             if staging:
-                tensors = [buffer[: init.nbytes].view(first.dtype)]
+                tensors = [buffer[: init.nbytes].view(first.dtype)]  # as long as init, and of its dtype
                 self._staged.append(views_of(tensors[0], part, policy))
             else:
                 tensors = [policy[i].view(-1) for i in part]
@@ -339,32 +355,37 @@ class ElasticReset:
             self._flat.append((arrays, as_array(ema), as_array(init)))
 
     def _fetched(self, policy):
-        """Yield the kernel's arguments. What is staged is copied to its buffer before: the next part is
-        on its way while the kernel works on this one."""
+        """Yield what the kernel gets. A staged part is copied to its buffer first. While the kernel
+        works on one part, the next one is on its way."""
         if not self._staged:
             yield from self._flat
             return
-        coming = to_buffer(self._staged[0], policy)
+        wait_for_next = to_buffer(self._staged[0], policy)
         for arguments, following in itertools.zip_longest(self._flat, self._staged[1:]):
-            arrived = coming
-            coming = to_buffer(following or [], policy)
-            arrived()
+            wait = wait_for_next
+            if following:
+                wait_for_next = to_buffer(following, policy)
+            wait()
             yield arguments
 
     def _sent_back(self, policy):
-        """Yield the kernel's arguments. What it has written into a staging buffer is copied to the
-        policy afterwards, while the kernel works on the next part."""
-        leaving = [to_policy([], policy)] * 2
-        for arguments, staged in itertools.zip_longest(self._flat, self._staged):
-            leaving[0]()  # the buffer is free again
+        """Yield what the kernel gets. A staged part is copied to the policy afterwards, while the
+        kernel works on the next one."""
+        if not self._staged:
+            yield from self._flat
+            return
+        waits = []
+        for arguments, staged in zip(self._flat, self._staged, strict=True):
+            if len(waits) == 2:
+                waits.pop(0)()  # this buffer's last part has left it
             yield arguments
-            leaving = [leaving[1], to_policy(staged or [], policy)]
-        for left in leaving:
-            left()
+            waits.append(to_policy(staged, policy))
+        for wait in waits:
+            wait()
 
     def _kernel_can_work(self, in_place: bool) -> bool:
-        """Say whether all parameters are floating-point and, for work in place, contiguous, aligned CPU
-        tensors, no two of which share memory."""
+        """Say whether all parameters are floating-point and, for work in place, contiguous, aligned
+        CPU tensors of which no two share memory."""
         if ema_kernel is None or not all(p.is_floating_point() for p in self.params):
             return False
         if not in_place:
@@ -403,28 +424,31 @@ def lies_elsewhere(p, device):
     return device is not None and p.device.type != device
 
 
-def divided(members, policy):
-    """Divide some members of a list of tensors into parts that fit into a staging buffer."""
-    parts = [[]]
-    filled = 0
-    for i in members:
-        if parts[-1] and filled + policy[i].nbytes > STAGING_BYTES:
-            parts.append([])
-            filled = 0
-        parts[-1].append(i)
-        filled += policy[i].nbytes
+def divided(groups, policy):
+    """Divide groups of a list's tensors into parts that fit into a staging buffer."""
+    parts = []
+    for members in groups:
+        parts.append([])
+        filled = 0
+        for i in members:
+            if parts[-1] and filled + policy[i].nbytes > STAGING_BYTES:
+                parts.append([])
+                filled = 0
+            parts[-1].append(i)
+            filled += policy[i].nbytes
     return parts
 
 
 def staging_buffers(parts, policy):
     """Make two buffers of bytes in CPU memory, pinned for a GPU, which any part fits into."""
     largest = max(sum(policy[i].nbytes for i in part) for part in parts)
-    pinned = policy[0].is_cuda
-    return [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in parts[:2]]
+    look = dict(dtype=torch.uint8, device="cpu", pin_memory=any(p.is_cuda for p in policy))
+    return [torch.empty(largest, **look) for _ in range(2)]
 
 
 def views_of(buffer, part, policy):
-    """Divide a buffer among a part's tensors. Returns pairs of a tensor's place in `policy` and its view."""
+    """Divide a buffer among a part's tensors. Returns pairs of a tensor's place in `policy` and its
+    view."""
     views = buffer.split([policy[i].numel() for i in part])
     return [(i, view.view(policy[i].shape)) for i, view in zip(part, views, strict=True)]
 
@@ -433,22 +457,23 @@ def to_buffer(staged, policy):
     """Begin to copy parameters to a staging buffer. Returns a function that waits for the end."""
     for i, view in staged:
         view.copy_(policy[i], non_blocking=True)
-    return end_of_copies(staged, policy)
+    return end_of_copies(policy[staged[0][0]].device)
 
 
 def to_policy(staged, policy):
-    """Begin to copy a staging buffer to its parameters. Returns a function that waits for the end."""
+    """Begin to copy a staging buffer to its parameters. Returns a function that waits for the
+    end."""
     for i, view in staged:
         policy[i].copy_(view, non_blocking=True)
-    return end_of_copies(staged, policy)
+    return end_of_copies(policy[staged[0][0]].device)
 
 
-def end_of_copies(staged, policy):
-    """Return a function that waits until what was just begun is done. On the CPU it is done already."""
-    if not staged or policy[staged[0][0]].device.type == "cpu":
+def end_of_copies(device):
+    """Return a function that waits until the copies just begun are done. On the CPU they are."""
+    if device.type == "cpu":
         return lambda: None
-    stream = torch.accelerator.current_stream(policy[staged[0][0]].device)
-    return stream.record_event().synchronize
+    event = torch.accelerator.current_stream(device).record_event()
+    return event.synchronize
 
 
 def local(p):
@@ -479,8 +504,8 @@ def distributed_like(p, full):
 
 
 def without_loss(tensor, dtype):
-    """Return a start in the policy's dtype. Earlier versions kept it in float32. What that dtype cannot hold
-    is returned unchanged."""
+    """Return a start in the policy's dtype, or unchanged if that cannot hold it. (Earlier versions
+    kept starts in float32.)"""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype == dtype:
         return tensor
     rounded = tensor.to(dtype)
@@ -3135,7 +3160,10 @@ class ElasticResetCallback:
     name it in TrainingArguments(resume_from_checkpoint=...) as well."""
 
     def __init__(self, decay=0.995, reset_every=17, reset="elastic", device=None):
-        self.settings = dict(decay=decay, reset_every=reset_every, reset=reset, device=device)
+        self.decay = decay
+        self.reset_every = reset_every
+        self.reset = reset
+        self.device = device
         self.elastic = None
 
     def on_train_begin(self, args, state, control, model, optimizer=None, **kwargs):
@@ -3154,11 +3182,13 @@ class ElasticResetCallback:
         if any(refused.values()):
             found = " and ".join(filter(refused.get, refused))
             raise ValueError(f"ElasticResetCallback works without {found}")
-        self.elastic = ElasticReset(model, **self.settings)
+        settings = dict(decay=self.decay, reset_every=self.reset_every)
+        settings.update(reset=self.reset, device=self.device)
+        self.elastic = ElasticReset(model, **settings)
         if state.global_step:
             self.load(args, state)
         self.run = os.urandom(8).hex()  # a checkpoint and its averages share this number
-        saved = dict(args=self.settings, attributes=dict(run=self.run))  # as transformers has it
+        saved = dict(args=settings, attributes=dict(run=self.run))  # as transformers has it
         state.stateful_callbacks[type(self).__name__] = saved
 
     def load(self, args, state):
@@ -3181,7 +3211,7 @@ class ElasticResetCallback:
         from safetensors.torch import save_file
 
         averages = {}
-        for name, tensor in self.elastic.state_dict().items():
+        for name, tensor in self.elastic.named_state():
             if hasattr(tensor, "full_tensor"):  # all processes take part, for one parameter at a time
                 tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
             if args.should_save:

@@ -239,6 +239,21 @@ def test_direct_staged_and_foreach_agree_over_random_models(monkeypatch):
             torch.testing.assert_close(ours, torchs, rtol=4 * torch.finfo(ours.dtype).eps, atol=1e-6)
 
 
+def test_a_pickle_is_no_longer_than_what_it_holds():
+    model = [nn.Parameter(torch.ones(1000)) for _ in range(40)]
+    assert len(pickle.dumps(ElasticReset(model))) < 2 * len(pickle.dumps([p.data for p in model])) * 3
+
+
+def test_buffers_are_on_the_cpu_wherever_new_tensors_go(monkeypatch):
+    stage(monkeypatch)
+    model = filled(nn.Linear(3, 2), 1.0)
+    with torch.device("meta"):
+        elastic = ElasticReset(model, decay=0.5, device="cpu")
+    filled(model, 3.0)
+    elastic.update()
+    assert values_of(elastic.ema) == {2.0}
+
+
 def test_parts_fit_into_the_buffers(monkeypatch):
     """Of parameters of 4, 8, 4, 12 and 100 bytes, with buffers of 16: (4, 8, 4), (12), (100)."""
     stage(monkeypatch, nbytes=16)
