@@ -99,9 +99,9 @@ def test_numbers_by_hand():
     assert numbers_of(numbers, large, "area") == pytest.approx([1, 2])
     name = "elastic-reset and a penalty"
     assert [*numbers["together"][name]] == pytest.approx([1 + 0.3 / 0.5 * 1, 2])
-    assert [*numbers["methods"].loc[name]] == [2, large, small]  # settings, chosen, worst
+    assert [*numbers["methods"].loc[name]] == [2, large, small, False]  # settings, chosen, worst
     again = tradeoff(record | dict(chosen={name: small}))
-    assert again["methods"].loc[name, "chosen"] == small
+    assert [*again["methods"].loc[name]] == [2, small, small, True]
     with pytest.raises(ValueError, match="elastic-reset:kl_coef=0.3, chosen for"):
         tradeoff(record | dict(chosen={name: "elastic-reset:kl_coef=0.3"}))
 
@@ -117,7 +117,9 @@ def test_what_makes_a_method():
     assert method_of("ppo", none) == method_of("ppo:learning_rate=0.1", none) == "ppo-kl"
     assert method_of("ppo-kl:kl_coef=3", some) == "ppo-kl"
     assert method_of("elastic-reset:reset_every=5:share=0.3:kl_coef=0", none) == "elastic-reset"
-    assert method_of("elastic-reset:ema_decay=0.5", some) == "elastic-reset and a penalty"
+    resets = dict(reset="elastic")
+    assert method_of("elastic-reset:ema_decay=0.5", some | resets) == "elastic-reset and a penalty"
+    assert method_of("reset-ema", some | dict(reset="ema")) == "reset-ema and a penalty"
     assert method_of("elastic-reset:batch_size=5", none) == "elastic-reset:batch_size=5"
     assert method_of("tutorials/baselines.py:S2P:s2p_coef=1", none) == "S2P"
 
@@ -130,6 +132,7 @@ def test_three_drifts_of_a_setting():
     names = ["largest", "before", "drift", "reset_every", "share"]
     assert [*numbers.loc["elastic-reset", 0][names]] == [3, 2, 1.2, 50, 0.13]
     assert [*numbers.loc["ppo", 0][names[:3]]] == [3, 1.5, 1.5]
+    assert [*numbers.loc["ppo at 1", 0][names[:3]]] == [3, 3, 3]
 
 
 def test_a_difference_by_hand():
@@ -142,6 +145,8 @@ def test_a_difference_by_hand():
     assert difference(theirs - [1, 1.1, 1.2], theirs)[3] == "worse"
     assert difference(theirs, theirs) == (0, 0, 0, "no clear difference")
     assert difference(theirs[:2] + 1, theirs[:2])[3] == "too few seeds"
+    shuffled = (theirs + [1, 1.1, 1.2]).iloc[::-1]  # a seed is its row's name, not its place
+    assert difference(shuffled, theirs)[1:3] == pytest.approx(difference(theirs + [1, 1.1, 1.2], theirs)[1:3])
 
 
 def test_several_values_are_as_many_methods():
@@ -285,6 +290,15 @@ def test_a_map_of_periods_and_shares():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.2", "0.4"]
 
 
+def test_a_cell_that_was_not_run_does_not_end_well():
+    knobs = dict(kl_coef=[0.1, 0.2], learning_rate=[0.01, 0.1])
+    runs = runs_over("ppo-kl", lambda coef, rate: 1.1, **knobs)
+    del runs["ppo-kl:kl_coef=0.2:learning_rate=0.1"]
+    axes = plot_basin(record_of(runs)).axes[0]
+    assert axes.get_title() == "ppo-kl\n1 of 3 cells end well"
+    assert "not run" in [text.get_text() for text in axes.texts]
+
+
 # Comparisons
 
 
@@ -314,6 +328,9 @@ def exit_code(main, words):
         ("--task imdb --methods ppo:mixtures=many", "mixtures is many; expected 0 to 99"),
         ("--task imdb --methods elastic-reset:share=2", "share is 2; expected a number between 0 and 1"),
         ("--task imdb --methods elastic-reset:share=0.0", "share is 0.0; expected a number between 0 and 1"),
+        ("--task imdb --methods ppo:share=0.3", "share is for elastic resets"),
+        ("--task imdb --methods elastic-reset:share=0.3:ema_update=epoch", "share is for elastic resets"),
+        ("--task imdb --methods elastic-reset:average=1", "the last update resets the average to the start"),
         ("--task imdb --methods ppo:kl_coff=0.1", "kl_coff"),
         ("--task imdb --methods ppo --kl_coef -1", "kl_coef"),
         ("--task imdb --methods ppo --jobs 0", "--jobs 0; expected 1 or more"),

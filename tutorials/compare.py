@@ -126,8 +126,12 @@ def settings_of(label, seed, shared, folder):
     flags = [*shared, *to_argv(own)]
     place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
     if not file:
-        given = parse_flags([*flags, f"--method={method}"])
-        return configure(**given | place), afterwards
+        config = configure(**parse_flags([*flags, f"--method={method}"]) | place)
+        if "average" in afterwards and config.reset == "elastic" and config.updates % config.reset_every == 0:
+            raise ValueError(
+                f"--methods {label}: the last update resets the average to the start; mixtures work"
+            )
+        return config, afterwards
     program = program_at(file)
     _, given = program.parse([baseline, *flags])
     return program.configure_baseline(baseline, **given | place), afterwards
@@ -151,7 +155,14 @@ def decay_of(share, label, own, shared):
     if not re.fullmatch(r"0?[.]\d+", share) or float(share) == 0:
         raise ValueError(f"--methods {label}: share is {share}; expected a number between 0 and 1, as 0.35")
     given = parse_flags([*shared, *to_argv(own)])
-    return round(float(share) ** (1 / configure(**given).reset_every), 6)
+    if "method" not in given:
+        given["method"] = split_label(label)[0]
+    config = configure(**given)
+    if config.reset != "elastic" or config.ema_update != "update":
+        raise ValueError(
+            f"--methods {label}: share is for elastic resets, with an EMA that moves once an update"
+        )
+    return round(float(share) ** (1 / config.reset_every), 6)
 
 
 def program_at(file):
@@ -324,11 +335,12 @@ def evaluation_of(config):
     task = elastic_reset.TASKS[config.task](config)
     model, _ = elastic_reset.prepare_policy(task.policy, config, elastic_reset.processes())
     elastic = elastic_reset.ElasticReset(model.policy)  # its init is theta_0
-    end = elastic_reset.ElasticReset(model.policy, decay=0.0)  # so is this one's
+    end = elastic_reset.ElasticReset(model.policy, decay=0.0)
     path = Path(config.output_dir) / "checkpoint" / "state.pt"
     saved = torch.load(path, map_location="cpu", weights_only=True)["parts"]
     for name, part in elastic_reset.saved_parts(task, model=model, elastic=elastic).items():
         elastic_reset.load_part(part, saved[name])
+    end.load_state_dict(elastic.state_dict())
     end.update()  # its average is what was trained
 
     def evaluation(eta):
@@ -341,6 +353,11 @@ def evaluation_of(config):
 
 
 # =============================================== Command line ===============================================
+
+
+def chosen_on(folder):
+    """Return the settings that a record of other seeds chooses, {method: setting}."""
+    return read_record(folder)["summary"]["methods"]["chosen"].to_dict()
 
 
 def parser():
@@ -373,8 +390,7 @@ def main(argv=None) -> int:
         if own.read is not None:
             print(write_results(read_record(own.read), Path(own.read)))
         else:
-            before = read_record(own.tuned_on)["summary"]["methods"] if own.tuned_on else {}
-            chosen = {method: numbers["chosen"] for method, numbers in before.items()}
+            chosen = chosen_on(own.tuned_on) if own.tuned_on else {}
             print(compare(expanded(own.methods), own.seeds, own.jobs, rest, argv, chosen))
         return 0
     except (ChildProcessError, FloatingPointError) as error:

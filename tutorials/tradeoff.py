@@ -83,7 +83,8 @@ def tradeoff(record):
 
 
 def methods_of(ends, chosen):
-    """Tabulate the methods: how many settings each has, the chosen and the worst one."""
+    """Tabulate the methods: how many settings each has, the chosen one, whether that was chosen by another
+    record, and the worst one."""
     areas = ends.groupby("setting", sort=False)["area"].mean()
     rows = {}
     for method, own in ends.groupby("method", sort=False):
@@ -92,6 +93,7 @@ def methods_of(ends, chosen):
         if choice not in own:
             raise ValueError(f"{choice}, chosen for {method}, is not among the settings that were run")
         rows[method] = dict(settings=len(own), chosen=choice, worst=own.idxmin())
+        rows[method]["chosen_elsewhere"] = method in chosen
     return pandas.DataFrame.from_dict(rows, orient="index")
 
 
@@ -111,9 +113,10 @@ def delivered(record):
             rows.append(name | about | training[-1])
             for line in history[len(training) :]:
                 rows.append(after(setting, method, line["event"]) | about | line)
-            for line in training[1:-1] if setting == "ppo" else []:
-                stopped = dict(setting=f"ppo at {line['update']}", method="ppo, stopped early")
-                rows.append(stopped | about | line)
+            for i, line in enumerate(training[:-1]):
+                if setting == "ppo" and i > 0:
+                    stopped = dict(setting=f"ppo at {line['update']}", method="ppo, stopped early")
+                    rows.append(stopped | about | drifts_of(training[: i + 1]) | line)
     return rows
 
 
@@ -135,9 +138,11 @@ def after(setting, method, event):
 def knobs_of(setting, config):
     """Return the values of KNOBS in a run, and of the settings that a baseline adds."""
     knobs = {name: config[name] for name in ("kl_coef", "learning_rate")}
-    if config.get("reset", "none") in ("elastic", "ema"):
+    if config.get("reset", "none") != "none":
         knobs["reset_every"] = config["reset_every"]
-        knobs["share"] = round(config["ema_decay"] ** config["reset_every"], 2)
+    if config.get("reset") == "elastic" and config.get("ema_update", "update") == "update":
+        share = config["ema_decay"] ** config["reset_every"]
+        knobs["share"] = float(f"{share:.2g}")
     if is_baseline(setting):
         knobs |= {name: config[name] for name in split_label(setting)[1]}
     return knobs
@@ -151,8 +156,8 @@ def method_of(label, config):
         return method.rpartition(":")[2]
     if method == "ppo":
         method = "ppo-kl"
-    if method == "elastic-reset" and config["kl_coef"]:
-        method = "elastic-reset and a penalty"
+    if config.get("reset", "none") != "none" and config["kl_coef"]:
+        method += " and a penalty"
     return join_label(method, own)
 
 
@@ -195,13 +200,14 @@ def mean_and_error(values):
 def difference(ours, theirs):
     """Compare two columns by seed. Returns the mean difference, the ends of its 95 per cent interval
     (Student's t, paired), and a verdict in words. Two seeds give no interval and no verdict."""
-    mean = (ours - theirs).mean()
-    if len(ours) < 3:
+    differences = (ours - theirs).dropna()
+    mean = differences.mean()
+    if len(differences) < 3:
         return mean, math.nan, math.nan, "too few seeds"
-    if (ours - theirs).std() == 0:
+    if differences.std() == 0:
         low, high = mean, mean
     else:
-        low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+        low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
     verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
     return mean, low, high, verdict
 
@@ -215,7 +221,7 @@ def read_record(folder):
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record | dict(summary=tradeoff(record))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no record of a comparison ({error!r})") from error
 
 
@@ -229,6 +235,8 @@ def write_results(record, folder):
         pictures["basin.png"] = plot_basin
     if methods_along(ends, "reset_every", "share"):
         pictures["map.png"] = plot_map
+    for name in {"tradeoff.png", "choice.png", "basin.png", "map.png"} - pictures.keys():
+        (folder / name).unlink(missing_ok=True)  # of a comparison that had more settings
     for name, plot in pictures.items():
         with written_whole(folder / name) as aside:
             plot(record).savefig(aside, format="png", dpi=200)
@@ -262,10 +270,11 @@ def summary_text(record):
         f"Reward and drift are those of what a setting delivers: mean +- standard error over "
         f"{ends.index.unique('seed').size} seeds. Its area is its gain in reward over "
         f"{summary['floor']:.4g}, {floor}, at a drift of at most d, averaged over d from the start's "
-        f"{low:.4g} to {high / low:.3g} times that, {high:.4g}. A method's area over all settings takes the "
-        f"best of them at each d. Settings were chosen by {chosen_by}. Differences are paired by seed and "
-        f"have 95 per cent intervals. `largest` is the largest drift of any evaluation, `before` that just "
-        f"before the last reset."
+        f"{low:.4g} to {high / low:.3g} times that, {high:.4g}. A method's area over all settings takes "
+        f"the best of them at each d, so it grows with their number. Settings were chosen by {chosen_by}. "
+        f"Differences are paired by seed and have 95 per cent intervals (Student's t). These know nothing "
+        f"of how the start, the evaluation's prompts and the setting were chosen. `largest` is the largest "
+        f"drift of any evaluation, `before` that just before the last reset."
     )
     source = f"`{' '.join(record['command'])}`, commit {record['commit']}, torch {record['torch']}"
     tables = [*methods_table(summary), "", *settings_table(summary)]
@@ -276,13 +285,18 @@ def methods_table(summary):
     """Return the lines of a table with a row per method."""
     ends = summary["ends"]
     methods = summary["methods"]
-    first = methods.index[0]
+    first = "ppo-kl" if "ppo-kl" in methods.index else methods.index[0]
     yardstick = ends.loc[methods.loc[first, "chosen"]]["area"]
     rows = []
     for method, numbers in methods.iterrows():
         chosen = ends.loc[numbers["chosen"]]
         together = summary["together"][method]
-        row = [method, numbers["settings"], cell(together), numbers["chosen"]]
+        by = (
+            " (by these runs)"
+            if methods["chosen_elsewhere"].any() and not numbers["chosen_elsewhere"]
+            else ""
+        )
+        row = [method, numbers["settings"], cell(together), numbers["chosen"] + by]
         row += [cell(chosen[name]) for name in ("reward", "drift", "area")]
         row.append(interval(chosen["area"], yardstick) if method != first else "")
         worst = ends.loc[numbers["worst"]]
@@ -310,11 +324,14 @@ def table(names, rows):
 
 
 def cell(values):
-    return "{:.4g} +- {:.2g}".format(*mean_and_error(values))
+    mean, error = mean_and_error(values)
+    return f"{mean:.4g} +- {error:.2g}" if len(values) > 1 else f"{mean:.4g}"
 
 
 def interval(ours, theirs):
     """ "better: +0.015 [+0.004, +0.026]" """
+    if not ours.any() and not theirs.any():
+        return "neither counts"
     mean, low, high, verdict = difference(ours, theirs)
     ends = "" if math.isnan(low) else f" [{low:+.3g}, {high:+.3g}]"
     return f"{verdict}: {mean:+.3g}{ends}"
@@ -410,15 +427,22 @@ def draw_front(axes, summary, styles):
     beyond = []
     for method, numbers in summary["methods"].iterrows():
         style = styles[method]
-        own = curve(means[means["method"] == method])
-        first = own.iloc[0]
-        if first["drift"] > limit:
-            beyond.append(f"{own.index[0]}: {first['reward']:.3g} at {first['drift']:.3g}")
-        own = own[own["drift"] <= limit]
+        every = means[means["method"] == method]
+        far = every[every["drift"] > limit]
+        if len(far):
+            first = far.iloc[0]
+            more = f", and {len(far) - 1} more" if len(far) > 1 else ""
+            beyond.append(f"{far.index[0]}: {first['reward']:.3g} at {first['drift']:.3g}{more}")
+        every = every[every["drift"] <= limit]
+        own = curve(every)
+        pale = dict(color=style["color"], marker=".", linestyle="", alpha=0.3)
+        axes.plot(every["drift"], every["reward"], **pale)  # also those that others beat
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
         line = style | dict(marker="", linewidth=1)
         axes.plot(own["drift"], own["reward"], **line)
-        for setting, point in own.iterrows():
+        for setting, point in every.iterrows():
+            if setting not in own.index and setting != numbers["chosen"]:
+                continue
             size = 10 if setting == numbers["chosen"] else 4
             look = style | dict(linestyle="", markersize=size)
             if setting == "ppo" and "ppo" not in styles:  # it is the first point of ppo-kl
@@ -520,12 +544,14 @@ def plot_choice(record):
     summary = record["summary"]
     figure, panels = new_figure(11, 4.6, (1, 2))
     styles = styles_of(summary["methods"].index)
-    found = methods_along(summary["ends"], "kl_coef")
+    found = {}
+    for method, own in methods_along(summary["ends"], "kl_coef").items():
+        found[method] = with_zero(own, method, summary)
     values = pandas.concat(found.values())["kl_coef"].unique()
     zero = min(values[values > 0]) / 3
     for axes, name in zip(panels, ("reward", "drift"), strict=True):
         for method, own in found.items():
-            means = means_of(with_zero(own, method, summary)).sort_values("kl_coef")
+            means = means_of(own).sort_values("kl_coef")
             places = means["kl_coef"].replace(0.0, zero)
             look = styles[method] | dict(label=method, markersize=5, linewidth=1.2)
             axes.errorbar(places, means[name], means[f"{name}_error"], **look)
@@ -560,7 +586,8 @@ def grid_of(own, summary, row, column):
     and a column for each of another."""
     means = means_of(own)
     means["gain"] = means["reward"] - summary["floor"]
-    return means.pivot_table("drift", row, column), means.pivot_table("gain", row, column)
+    drift = means.pivot(index=row, columns=column, values="drift")
+    return drift, means.pivot(index=row, columns=column, values="gain")
 
 
 def best_gain(summary):
@@ -583,12 +610,12 @@ def plot_basin(record):
         drift, gain = grid_of(own, summary, "learning_rate", "kl_coef")
         share = gain / best_gain(summary)
         failure = (share < 0.9).astype(int)
-        failure = failure.mask(drift > summary["range"][1], 2)
+        failure = failure.mask(drift > summary["range"][1], 2).mask(drift.isna())
         axes.imshow(failure, origin="lower", cmap=colors, vmin=-0.5, vmax=2.5, aspect="auto")
         write_cells(axes, drift, share)
         axes.set(xlabel="KL coefficient", ylabel="learning rate")
         well = int((failure == 0).sum().sum())
-        axes.set_title(f"{method}\n{well} of {failure.size} cells end well", fontsize=10)
+        axes.set_title(f"{method}\n{well} of {drift.count().sum()} cells end well", fontsize=10)
     figure.supxlabel("yellow: too little gain; orange: too much drift", fontsize=9)
     return figure
 
@@ -606,7 +633,8 @@ def plot_map(record):
         image = axes.imshow(share, origin="lower", cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
         axes.contour(drift, [summary["range"][1]], colors="#D55E00", linewidths=2)
         write_cells(axes, drift, share)
-        rows = [f"{every:g}" if every < updates else f"{every:g}\nonce, at the end" for every in drift.index]
+        words = {updates: "\nonce, at the end"}
+        rows = [f"{every:g}{words.get(every, '')}" for every in drift.index]
         axes.set_yticks(range(len(rows)), rows)
         axes.set(
             xlabel="how far back: the start's share of a reset", ylabel="how often: updates between resets"
