@@ -1813,7 +1813,8 @@ def sentence(words):
 
 class MockSentiment:
     """Continue a film review so that a classifier finds it positive (the paper's section 5; RL4LMs'
-    IMDB task). `drift` is the perplexity of the continuations under another language model."""
+    IMDB task). `drift` is the perplexity of the continuations under another language model, and
+    `human_perplexity` the policy's of what people wrote."""
 
     preset = dict(
         updates=240, batch_size=16, mini_batch_size=16, num_ppo_epochs=4, eval_size=200,
@@ -1834,8 +1835,8 @@ class MockSentiment:
         judge = self.writer("language model", config.language_model, reviews, seed=1)
         self.judge, self.judge_tokenizer = judge
         self.classifier, self.classifier_tokenizer = self.trained_classifier(reviews)
-        self.beginnings = self.cut(reviews)
-        self.validation_prompts = self.cut(held_out)
+        self.beginnings, _ = self.cut(reviews)
+        self.validation_prompts, self.human = self.cut(held_out)
         scores = self.positive([text for text, _ in held_out])
         right = sum((score > 0.5) == label for score, (_, label) in zip(scores, held_out, strict=True))
         self.footnote = f"held out: the classifier's accuracy {right / len(held_out):.3f}"
@@ -1876,11 +1877,17 @@ class MockSentiment:
         return classifier, tokenizer
 
     def cut(self, reviews):
-        """Return the first prompt_length tokens of each review, as text."""
+        """Return the first prompt_length tokens of each review, as text, and what follows them."""
         texts = [text for text, _ in reviews]
         tokens = self.tokenizer(texts, truncation=True, max_length=self.config.prompt_length)
-        beginnings = self.tokenizer.batch_decode(tokens["input_ids"], skip_special_tokens=True)
-        return [beginning for beginning in beginnings if beginning.strip()]
+        decoded = self.tokenizer.batch_decode(tokens["input_ids"], skip_special_tokens=True)
+        beginnings = []
+        rests = []
+        for text, beginning in zip(texts, decoded, strict=True):
+            if beginning.strip():
+                beginnings.append(beginning)
+                rests.append(text[len(beginning) :])
+        return beginnings, rests
 
     def prompts(self, n, update):
         return shuffled(self.beginnings, n, update, self.config.seed)
@@ -1897,11 +1904,14 @@ class MockSentiment:
     def evaluate(self, responses):
         prompts = self.validation_prompts
         rewards = self.reward(prompts, responses)
-        nll = mean_nll(self.judge, self.judge_tokenizer, prompts, responses, self.config.max_length)
+        longest = self.config.max_length
+        nll = mean_nll(self.judge, self.judge_tokenizer, prompts, responses, longest)
+        human_nll = mean_nll(self.policy, self.tokenizer, prompts, self.human, longest)
         words = [response.split() for response in responses]
         metrics = dict(
             reward=sum(rewards) / len(rewards),
             drift=math.exp(nll),
+            human_perplexity=math.exp(human_nll),
             distinct_1=distinct(words, 1),
             distinct_2=distinct(words, 2),
             words=sum(map(len, words)) / len(words),

@@ -56,15 +56,28 @@ def small(request, tmp_path):
 
 def test_embedded_tasks_run_and_resume(small, tmp_path, capsys):
     whole = train(configure(**small | dict(updates=4)))
-    named = dict(imdb={"distinct_1", "words", "parses", "sentiment"}, qa={"words", "pass_at_1"})[
-        small["task"]
-    ]
+    own = dict(imdb={"distinct_1", "words", "parses", "sentiment", "human_perplexity"})
+    named = own.get(small["task"], {"words", "pass_at_1"})
     assert {"reward", "drift", "kl"} | named <= whole["end"].keys() and whole["start"]["kl"] == 0
     assert "held out: the " in capsys.readouterr().out
     part = small | dict(output_dir=str(tmp_path / "part"))
     train(configure(**part))
     train(configure(**part | dict(updates=4, resume=True)))
     assert metrics_of(tmp_path / "part") == metrics_of(tmp_path / "run")
+
+
+def test_the_policy_s_perplexity_of_human_reviews():
+    """A beginning and what follows it are the review, and only what follows is counted."""
+    task = elastic_reset.MockSentiment(configure("imdb", **SMALL))
+    reviews = [text for text, _ in toy_reviews()["validation"][:8]]
+    assert elastic_reset.joined(task.validation_prompts, task.human) == reviews
+    assert all(
+        len(begin.split()) <= len(review.split()) / 2
+        for begin, review in zip(task.validation_prompts, reviews, strict=True)
+    )
+    nll = elastic_reset.mean_nll(task.policy, task.tokenizer, task.validation_prompts, task.human, 60)
+    found = task.evaluate([" the plot was good ."] * 8)
+    assert found["human_perplexity"] == pytest.approx(math.exp(nll)) != found["drift"]
 
 
 def test_ppo_moves_the_reward(small):
