@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import matplotlib
 import pytest
 from conftest import ROOT
 from sybil import Sybil
@@ -26,8 +27,9 @@ def test_chapter(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     examples = list(Sybil([PythonCodeBlockParser()]).parse(path))
     assert examples
-    for example in examples:
-        example.evaluate()
+    with matplotlib.rc_context():  # the chapters' fonts are not those of other tests' pictures
+        for example in examples:
+            example.evaluate()
     shown = re.findall(r"!\[[^]]*\]\(figures/([^)]+\.png)\)", path.read_text(encoding="utf-8"))
     assert {picture.name for picture in tmp_path.glob("*.png")} == set(shown)
 

@@ -630,7 +630,8 @@ def plot_map(record):
     for axes, (method, own) in zip(panels, found.items(), strict=True):
         drift, gain = grid_of(own, summary, "reset_every", "share")
         share = gain / best_gain(summary)
-        image = axes.imshow(share, origin="lower", cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
+        look = dict(origin="lower", cmap="Blues", alpha=0.6, vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(share, **look)
         axes.contour(drift, [summary["range"][1]], colors="#D55E00", linewidths=2)
         write_cells(axes, drift, share)
         words = {updates: "\nonce, at the end"}
@@ -641,9 +642,8 @@ def plot_map(record):
         )
         axes.set_title(method, fontsize=10)
     figure.colorbar(image, ax=panels, label="gain in reward, as a share of the best")
-    figure.supxlabel(
-        "in each cell: drift, and the share of the best gain; line: the largest drift that counts"
-    )
+    words = "in each cell: drift, share of the best gain\nline: left of it drift is too large to count"
+    figure.supxlabel(words, fontsize=9)
     return figure
 
 

@@ -235,6 +235,22 @@ def by_batch_size():
     return "\n".join(tradeoff.table(["at the KL coefficient", *(f"{coef:g}" for coef in coefs)], rows))
 
 
+def map_of(summary):
+    """Reward and drift at the end for each period and share, and in brackets the largest drift of any
+    evaluation."""
+    own = summary["ends"][summary["ends"]["method"] == "elastic-reset"]
+    means = own.groupby(["reset_every", "share"])[["reward", "drift", "largest"]].mean()
+    shares = sorted(own["share"].unique())
+    rows = []
+    for every in sorted(own["reset_every"].unique()):
+        cells = [f"{every:g}"]
+        for share in shares:
+            reward, drift, largest = means.loc[every, share]
+            cells.append(f"{reward:.3f} / {drift:.3f} ({largest:.2f})")
+        rows.append(cells)
+    return "\n".join(tradeoff.table(["every", *(f"share {share:g}" for share in shares)], rows))
+
+
 def real_text(summary):
     """The reward of each setting, and three numbers that may tell what it costs. Some settings that lie
     between others are left out."""
@@ -257,6 +273,7 @@ def page_tables():
     found, again = records(), records("confirmation")
     tables = {"without": without_penalty(found), "rivals": rivals(found), "rivals again": rivals(again)}
     tables["batches"] = by_batch_size()
+    tables["map"] = map_of(tradeoff.read_record(RESULTS / "translation" / "map")["summary"])
     tables["reviews"] = real_text(tradeoff.read_record(RESULTS / "reviews")["summary"])
     for name, summary in found.items():
         tables |= {f"{number} {name}": by_coefficient(summary, number) for number in ("drift", "reward")}
