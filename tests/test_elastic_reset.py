@@ -565,7 +565,7 @@ def all_are(tensors, value):
 @pytest.mark.parametrize("kept", [by_deepcopy, by_pickle, by_torch])
 def test_a_copy_outlives_what_it_was_made_of(kept, memory, backend):
     """The originals' memory is free, so that the copy's parameters may come to lie just where those did."""
-    for size in (1, 2, 3, 5, 16, 30, 100, 1000, 5000, 30_000):
+    for size in (1, 16, 100, 5000, 30_000):
         model = filled(nn.Sequential(nn.Linear(size, 1), nn.Linear(1, size)), 1.0)
         elastic = ElasticReset(model, decay=0.5)
         elastic.update()
