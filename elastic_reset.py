@@ -258,8 +258,8 @@ class ElasticReset:
         return dict(self.named_state())
 
     def named_state(self):
-        """Yield the pairs of state_dict() one at a time, for a model whose averages would not fit on
-        its GPU together."""
+        """Yield the pairs of state_dict() one at a time, for a model whose averages would not fit
+        on its GPU together."""
         self._current_policy()  # moves the averages if the parameters have moved
         yield "updates", torch.tensor(self.updates)
         yield "resets", torch.tensor(self.resets)
@@ -347,7 +347,7 @@ class ElasticReset:
             if not kernel_works:
                 continue
             if staging:
-                tensors = [buffer[: init.nbytes].view(first.dtype)]  # as long as init, and of its dtype
+                tensors = [buffer[: init.nbytes].view(first.dtype)]  # like init
                 self._staged.append(views_of(tensors[0], part, policy))
             else:
                 tensors = [policy[i].view(-1) for i in part]
