@@ -348,6 +348,14 @@ def test_what_cannot_be_run_is_said_in_one_line(words, message, capsys, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_are_not_chosen_on_the_seeds_that_are_reported(capsys):
+    words = ["--task", "translation", "--methods", "ppo", "--tuned_on", str(RECORDS[2])]
+    assert main([*words, "--seed", "3", "--seeds", "2"]) == 2
+    assert "has the seed 3 too; report on other seeds" in capsys.readouterr().err
+    chosen = program.chosen_on(RECORDS[2], range(100, 103))
+    assert chosen["ppo-kl"] == "ppo-kl:kl_coef=0.03"
+
+
 def test_a_mistake_in_a_program_is_no_wrong_flag(monkeypatch):
     monkeypatch.setattr(program, "compare", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -355,9 +355,16 @@ def evaluation_of(config):
 # =============================================== Command line ===============================================
 
 
-def chosen_on(folder):
-    """Return the settings that a record of other seeds chooses, {method: setting}."""
-    return read_record(folder)["summary"]["methods"]["chosen"].to_dict()
+def chosen_on(folder, seeds):
+    """Return the settings that a record chooses, {method: setting}. Raises ValueError if it has one of these
+    seeds."""
+    summary = read_record(folder)["summary"]
+    known = set(summary["ends"].index.unique("seed")) & set(seeds)
+    if known:
+        raise ValueError(
+            f"--tuned_on {folder} has the seed {min(known)} too; report on other seeds, by --seed"
+        )
+    return summary["methods"]["chosen"].to_dict()
 
 
 def parser():
@@ -390,7 +397,9 @@ def main(argv=None) -> int:
         if own.read is not None:
             print(write_results(read_record(own.read), Path(own.read)))
         else:
-            chosen = chosen_on(own.tuned_on) if own.tuned_on else {}
+            first = parse_flags(rest).get("seed", 0)
+            seeds = range(first, first + own.seeds)
+            chosen = chosen_on(own.tuned_on, seeds) if own.tuned_on else {}
             print(compare(expanded(own.methods), own.seeds, own.jobs, rest, argv, chosen))
         return 0
     except (ChildProcessError, FloatingPointError) as error:
