@@ -251,6 +251,28 @@ def map_of(summary):
     return "\n".join(tradeoff.table(["every", *(f"share {share:g}" for share in shares)], rows))
 
 
+def resets_alone(summary):
+    """Resets without a penalty, with the knobs that the map chose, against the tuned penalty."""
+    words = {"elastic-reset": "resets alone", "ppo-kl": "penalty alone"}
+    yardstick = chosen(summary, "ppo-kl")["area"]
+    rows = []
+    for method, name in words.items():
+        own = chosen(summary, method)
+        cells = [short(own[column]) for column in ("reward", "drift", "largest", "area")]
+        rows.append([name, summary["methods"].loc[method, "chosen"], *cells])
+        rows[-1].append("" if method == "ppo-kl" else apart(own["area"], yardstick))
+    names = [
+        "method",
+        "setting",
+        "reward",
+        "drift at the end",
+        "largest drift",
+        "area",
+        "area less the penalty's",
+    ]
+    return "\n".join(tradeoff.table(names, rows))
+
+
 def real_text(summary):
     """The reward of each setting, and three numbers that may tell what it costs. Some settings that lie
     between others are left out."""
@@ -274,6 +296,9 @@ def page_tables():
     tables = {"without": without_penalty(found), "rivals": rivals(found), "rivals again": rivals(again)}
     tables["batches"] = by_batch_size()
     tables["map"] = map_of(tradeoff.read_record(RESULTS / "translation" / "map")["summary"])
+    tables["resets alone"] = resets_alone(
+        tradeoff.read_record(RESULTS / "translation" / "resets_alone")["summary"]
+    )
     tables["reviews"] = real_text(tradeoff.read_record(RESULTS / "reviews")["summary"])
     for name, summary in found.items():
         tables |= {f"{number} {name}": by_coefficient(summary, number) for number in ("drift", "reward")}
