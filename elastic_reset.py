@@ -228,9 +228,9 @@ class ElasticReset:
         makes what others call a mixture with the start, or WARP's last step."""
         if not 0 <= start <= 1:
             raise ValueError(f"start is {start}; expected a share from 0 to 1")
-        self._current_policy()  # moves the averages if the parameters have moved
         if start == 0:
             return self.holding(self.ema)
+        self._current_policy()  # moves the averages if the parameters have moved
         mixed = []
         for ema, init in zip(self.ema, self.init, strict=True):
             mixed.append(torch.lerp(ema, init.to(ema.dtype), start).to(init.dtype))
@@ -276,8 +276,8 @@ class ElasticReset:
         for name, p, ema, init in zip(self.names, self.params, self.ema, self.init, strict=True):
             layouts[f"ema.{name}"] = (p.shape, ema.dtype)
             layouts[f"init.{name}"] = (p.shape, init.dtype)
-        for name in sorted(layouts.keys() ^ state.keys()):
-            raise ValueError(f"not this policy's state: {name} is missing or unknown")
+        if others := sorted(layouts.keys() ^ state.keys()):
+            raise ValueError(f"not this policy's state: {others[0]} is missing or unknown")
         state = dict(state)
         for name, expected in layouts.items():  # in one order on all processes
             if name.startswith("init."):
@@ -323,22 +323,18 @@ class ElasticReset:
 
         _flat: what the kernel gets, for each part of the parameters: a list of arrays of these, ema
             and init, which share memory with the tensors. Empty if the kernel cannot be used.
-        _staged: which parameters are copied to which places of a buffer, that the kernel gets in
-            place of them, for each part. Empty if it works on the parameters themselves."""
+        _staged: for each part, which parameters are copied to which places of the buffer that the
+            kernel gets instead. Empty if it works on the parameters themselves."""
         self._places = None
         self._flat = []
         self._staged = []
         staging = any(lies_elsewhere(p, self.device) for p in policy)
         kernel_works = self._kernel_can_work(in_place=not staging)
-        groups = {}
-        for i, p in enumerate(policy):
-            groups.setdefault((p.device, p.dtype), []).append(i)
-        parts = list(groups.values())
-        buffers = [None]
+        parts = of_one_kind(policy)
         if staging and kernel_works:
             parts = divided(parts, policy)
             buffers = staging_buffers(parts, policy)
-        for part, buffer in zip(parts, itertools.cycle(buffers)):  # they take the buffers in turn
+        for number, part in enumerate(parts):
             first = policy[part[0]]
             home = self.device or first.device
             average_dtype = torch.promote_types(first.dtype, torch.float32)
@@ -347,11 +343,12 @@ class ElasticReset:
             if not kernel_works:
                 continue
             if staging:
-                tensors = [buffer[: init.nbytes].view(first.dtype)]  # like init
-                self._staged.append(views_of(tensors[0], part, policy))
+                buffer = buffers[number % 2]  # the parts take the two buffers in turn
+                flat = buffer[: init.nbytes].view(init.dtype)  # init has the policy's dtype
+                self._staged.append(views_of(flat, part, policy))
+                arrays = [as_array(flat)]
             else:
-                tensors = [policy[i].view(-1) for i in part]
-            arrays = [as_array(tensor) for tensor in tensors]
+                arrays = [as_array(policy[i].view(-1)) for i in part]
             self._flat.append((arrays, as_array(ema), as_array(init)))
 
     def _fetched(self, policy):
@@ -422,6 +419,14 @@ STAGING_BYTES = 128 << 20  # of each of the two buffers, or as many as the large
 def lies_elsewhere(p, device):
     """Say whether a parameter's averages are to be kept on another device."""
     return device is not None and p.device.type != device
+
+
+def of_one_kind(tensors):
+    """Group tensors by device and dtype. Returns lists of their places in `tensors`."""
+    groups = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return list(groups.values())
 
 
 def divided(groups, policy):
@@ -3161,9 +3166,8 @@ class ElasticResetCallback:
         Trainer(..., callbacks=[ElasticResetCallback(decay=0.995, reset_every=17)])
 
     Its settings are those of ElasticReset. It counts optimizer steps. If the model has a PEFT
-    adapter, the adapter is averaged and reset.
-    It works on one process, with DDP and with FSDP2. `elastic`, the ElasticReset, is there once
-    train() has begun.
+    adapter, the adapter is averaged and reset. It works on one process, with DDP and with FSDP2.
+    `elastic`, the ElasticReset, is there once train() has begun.
 
     Checkpoints hold the averages in elastic_reset.safetensors, as full tensors. A callback is not
     told which folder train(resume_from_checkpoint=...) goes on from. If that is not in output_dir,
@@ -3192,8 +3196,12 @@ class ElasticResetCallback:
         if any(refused.values()):
             found = " and ".join(filter(refused.get, refused))
             raise ValueError(f"ElasticResetCallback works without {found}")
-        settings = dict(decay=self.decay, reset_every=self.reset_every)
-        settings.update(reset=self.reset, device=self.device)
+        settings = dict(
+            decay=self.decay,
+            reset_every=self.reset_every,
+            reset=self.reset,
+            device=self.device,
+        )
         self.elastic = ElasticReset(model, **settings)
         if state.global_step:
             self.load(args, state)

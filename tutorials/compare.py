@@ -121,19 +121,20 @@ def settings_of(label, seed, shared, folder):
     name = split_label(without(("average", "mixtures"), label))[1]
     name = quote(join_label(baseline, name, ","), safe=",=")  # a value may be a path
     afterwards = events_of(own.pop("average", "0"), own.pop("mixtures", "0"), label)
-    if "share" in own:
-        own["ema_decay"] = decay_of(own.pop("share"), label, own, shared)
-    flags = [*shared, *to_argv(own)]
     place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
     if not file:
-        config = configure(**parse_flags([*flags, f"--method={method}"]) | place)
+        share = own.pop("share", "")
+        given = parse_flags([*shared, *to_argv(own), f"--method={method}"]) | place
+        if share:
+            given["ema_decay"] = decay_of(share, label, configure(**given))
+        config = configure(**given)
         if "average" in afterwards and config.reset == "elastic" and config.updates % config.reset_every == 0:
             raise ValueError(
                 f"--methods {label}: the last update resets the average to the start; mixtures work"
             )
         return config, afterwards
     program = program_at(file)
-    _, given = program.parse([baseline, *flags])
+    _, given = program.parse([baseline, *shared, *to_argv(own)])
     return program.configure_baseline(baseline, **given | place), afterwards
 
 
@@ -150,14 +151,10 @@ def events_of(average, mixtures, label):
     return events
 
 
-def decay_of(share, label, own, shared):
+def decay_of(share, label, config):
     """Return the ema_decay at which theta_0 has this share in the weights after a reset."""
     if not re.fullmatch(r"0?[.]\d+", share) or float(share) == 0:
         raise ValueError(f"--methods {label}: share is {share}; expected a number between 0 and 1, as 0.35")
-    given = parse_flags([*shared, *to_argv(own)])
-    if "method" not in given:
-        given["method"] = split_label(label)[0]
-    config = configure(**given)
     if config.reset != "elastic" or config.ema_update != "update":
         raise ValueError(
             f"--methods {label}: share is for elastic resets, with an EMA that moves once an update"
@@ -397,9 +394,10 @@ def main(argv=None) -> int:
         if own.read is not None:
             print(write_results(read_record(own.read), Path(own.read)))
         else:
-            first = parse_flags(rest).get("seed", 0)
-            seeds = range(first, first + own.seeds)
-            chosen = chosen_on(own.tuned_on, seeds) if own.tuned_on else {}
+            chosen = {}
+            if own.tuned_on:
+                first = parse_flags(rest).get("seed", 0)
+                chosen = chosen_on(own.tuned_on, range(first, first + own.seeds))
             print(compare(expanded(own.methods), own.seeds, own.jobs, rest, argv, chosen))
         return 0
     except (ChildProcessError, FloatingPointError) as error:

@@ -12,7 +12,6 @@ It takes some minutes on two cores."""
 
 import argparse
 import importlib.util
-import random
 import sys
 from pathlib import Path
 
@@ -20,7 +19,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elastic_reset
-from elastic_reset import class_logits, configure, load_model, load_rows, save_model
+from elastic_reset import (
+    class_logits,
+    configure,
+    fit,
+    label_loss,
+    labelled,
+    load_model,
+    load_rows,
+    save_model,
+)
 
 REVIEWS = "cornell-movie-review-data/rotten_tomatoes"
 ENOUGH = 0.8  # of the held-out reviews that a classifier must tell right
@@ -63,8 +71,7 @@ def make_policy(folder, name):
 
 def reviews_of(spec, split):
     """Return pairs of a review and its label, 1 for praise."""
-    rows = load_rows(f"{spec}:{split}", "text label")
-    return [(row["text"].strip(), int(row["label"])) for row in rows]
+    return labelled(load_rows(f"{spec}:{split}", "text label"))
 
 
 def make_classifier(folder, policy, args):
@@ -82,56 +89,29 @@ def make_classifier(folder, policy, args):
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.label2id = dict(negative=0, positive=1)
     model.config.id2label = {0: "negative", 1: "positive"}
-    train(model, tokenizer, reviews_of(args.reviews, "train"), args)
+    pairs = [(label, text) for text, label in reviews_of(args.reviews, "train")]
+    updates = args.epochs * (len(pairs) // args.batch_size)
+    config = configure(
+        "imdb",
+        pretrain_learning_rate=args.learning_rate,
+        pretrain_batch_size=args.batch_size,
+        max_length=args.max_length,
+    )
+    fit(model, tokenizer, pairs, label_loss, updates, config, "training the classifier")
     held_out = reviews_of(args.reviews, args.held_out)
-    right = accuracy(model.eval(), tokenizer, held_out)
+    right = accuracy(model.eval(), tokenizer, held_out, args.max_length)
     print(f"the classifier tells {right:.3f} of {len(held_out)} held-out reviews right")
     if right < ENOUGH:
         raise ValueError(f"these are fewer than {ENOUGH}; try more --epochs, --layers or reviews")
     save_model(model, tokenizer, folder)
 
 
-def train(model, tokenizer, reviews, args):
-    """Fit the classifier: AdamW, with a learning rate that falls to 0. Texts of like length share a batch."""
-    from tqdm import tqdm
-
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    steps = args.epochs * (len(reviews) // args.batch_size)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    with tqdm(total=steps, desc="training the classifier", dynamic_ncols=True) as bar:
-        for epoch in range(args.epochs):
-            for texts, labels in batches(reviews, args.batch_size, seed=epoch):
-                logits = class_logits(model, tokenizer, texts, args.max_length)
-                loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels))
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                bar.update()
-
-
-def batches(reviews, size, seed):
-    """Yield the texts and the labels of batches in random order. Reviews of like length share a batch."""
-    rng = random.Random(seed)
-    reviews = sorted(reviews, key=lambda review: (len(review[0]), rng.random()))
-    starts = [i * size for i in range(len(reviews) // size)]
-    for start in rng.sample(starts, len(starts)):
-        texts, labels = zip(*reviews[start : start + size], strict=True)
-        yield list(texts), list(labels)
-
-
 @torch.no_grad()
-def accuracy(model, tokenizer, reviews):
+def accuracy(model, tokenizer, reviews, max_length):
     """Return the share of reviews whose label gets the larger logit."""
-    right = 0
-    for start in range(0, len(reviews), 64):
-        texts, labels = zip(*reviews[start : start + 64], strict=True)
-        found = class_logits(model, tokenizer, list(texts), 128).argmax(-1)
-        right += (found.cpu() == torch.tensor(labels)).sum().item()
-    return right / len(reviews)
+    texts, labels = zip(*reviews, strict=True)
+    found = class_logits(model, tokenizer, list(texts), max_length).argmax(-1)
+    return (found.cpu() == torch.tensor(labels)).float().mean().item()
 
 
 def commands(folder, reviews):

@@ -191,6 +191,11 @@ def area_under_front(drifts, rewards, floor, low, high):
     return area
 
 
+def chosen_rows(summary, method):
+    """Return a row for each seed of the setting that was chosen for a method."""
+    return summary["ends"].loc[summary["methods"].loc[method, "chosen"]]
+
+
 def mean_and_error(values):
     """Return the mean of some numbers and its standard error. A single number has the error 0."""
     values = pandas.Series(values)
@@ -228,20 +233,22 @@ def read_record(folder):
 def write_results(record, folder):
     """Write summary.md and the pictures. Returns the summary."""
     ends = record["summary"]["ends"]
-    pictures = {"tradeoff.png": plot_tradeoff}
-    if methods_along(ends, "kl_coef"):
-        pictures["choice.png"] = plot_choice
-    if methods_along(ends, "kl_coef", "learning_rate"):
-        pictures["basin.png"] = plot_basin
-    if methods_along(ends, "reset_every", "share"):
-        pictures["map.png"] = plot_map
-    for name in {"tradeoff.png", "choice.png", "basin.png", "map.png"} - pictures.keys():
-        (folder / name).unlink(missing_ok=True)  # of a comparison that had more settings
-    for name, plot in pictures.items():
-        with written_whole(folder / name) as aside:
+    along = {  # {picture: the knobs that a method must have several values of}
+        plot_tradeoff: [],
+        plot_choice: ["kl_coef"],
+        plot_basin: ["kl_coef", "learning_rate"],
+        plot_map: ["reset_every", "share"],
+    }
+    for plot, knobs in along.items():
+        path = folder / f"{plot.__name__.removeprefix('plot_')}.png"
+        if knobs and not methods_along(ends, *knobs):
+            path.unlink(missing_ok=True)  # of a comparison that had more settings
+            continue
+        with written_whole(path) as aside:
             plot(record).savefig(aside, format="png", dpi=200)
-    write_text(folder / "summary.md", summary_text(record))
-    return summary_text(record)
+    text = summary_text(record)
+    write_text(folder / "summary.md", text)
+    return text
 
 
 def methods_along(ends, *knobs):
@@ -286,16 +293,15 @@ def methods_table(summary):
     ends = summary["ends"]
     methods = summary["methods"]
     first = "ppo-kl" if "ppo-kl" in methods.index else methods.index[0]
-    yardstick = ends.loc[methods.loc[first, "chosen"]]["area"]
+    yardstick = chosen_rows(summary, first)["area"]
+    some_elsewhere = methods["chosen_elsewhere"].any()
     rows = []
     for method, numbers in methods.iterrows():
-        chosen = ends.loc[numbers["chosen"]]
+        chosen = chosen_rows(summary, method)
         together = summary["together"][method]
-        by = (
-            " (by these runs)"
-            if methods["chosen_elsewhere"].any() and not numbers["chosen_elsewhere"]
-            else ""
-        )
+        by = ""
+        if some_elsewhere and not numbers["chosen_elsewhere"]:
+            by = " (by these runs)"
         row = [method, numbers["settings"], cell(together), numbers["chosen"] + by]
         row += [cell(chosen[name]) for name in ("reward", "drift", "area")]
         row.append(interval(chosen["area"], yardstick) if method != first else "")
@@ -582,12 +588,13 @@ def with_zero(own, method, summary):
 
 
 def grid_of(own, summary, row, column):
-    """Return two tables of a method's means, drift and gain in reward, with a row for each value of one knob
-    and a column for each of another."""
+    """Return two tables of a method's means, drift and the share of the best gain in reward, with a row for
+    each value of one knob and a column for each of another."""
     means = means_of(own)
-    means["gain"] = means["reward"] - summary["floor"]
+    gain = means["reward"] - summary["floor"]
+    means["kept"] = gain / best_gain(summary)
     drift = means.pivot(index=row, columns=column, values="drift")
-    return drift, means.pivot(index=row, columns=column, values="gain")
+    return drift, means.pivot(index=row, columns=column, values="kept")
 
 
 def best_gain(summary):
@@ -607,8 +614,7 @@ def plot_basin(record):
     figure, panels = new_figure(4.2 * len(found), 4, (1, len(found)))
     colors = ListedColormap(["#FFFFFF", "#F0E442", "#E69F00"])
     for axes, (method, own) in zip(panels, found.items(), strict=True):
-        drift, gain = grid_of(own, summary, "learning_rate", "kl_coef")
-        share = gain / best_gain(summary)
+        drift, share = grid_of(own, summary, "learning_rate", "kl_coef")
         failure = (share < 0.9).astype(int)
         failure = failure.mask(drift > summary["range"][1], 2).mask(drift.isna())
         axes.imshow(failure, origin="lower", cmap=colors, vmin=-0.5, vmax=2.5, aspect="auto")
@@ -628,8 +634,7 @@ def plot_map(record):
     updates = next(iter(record["configs"].values()))["updates"]
     figure, panels = new_figure(5.5 * len(found), 4.4, (1, len(found)))
     for axes, (method, own) in zip(panels, found.items(), strict=True):
-        drift, gain = grid_of(own, summary, "reset_every", "share")
-        share = gain / best_gain(summary)
+        drift, share = grid_of(own, summary, "reset_every", "share")
         look = dict(origin="lower", cmap="Blues", alpha=0.6, vmin=0, vmax=1, aspect="auto")
         image = axes.imshow(share, **look)
         axes.contour(drift, [summary["range"][1]], colors="#D55E00", linewidths=2)

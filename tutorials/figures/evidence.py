@@ -43,7 +43,7 @@ ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the poin
 def settings_of(summary, method):
     """Those of a method at the learning rate of the chosen one: {KL coefficient: a row for each seed}."""
     ends = summary["ends"]
-    rate = ends.loc[summary["methods"].loc[method, "chosen"]]["learning_rate"].iloc[0]
+    rate = tradeoff.chosen_rows(summary, method)["learning_rate"].iloc[0]
     names = [method, "elastic-reset"] if method == BOTH else [method]  # at the coefficient 0 resets are alone
     own = ends[ends["method"].isin(names) & (ends["learning_rate"] == rate)]
     return {coef: rows.droplevel("setting") for coef, rows in own.groupby("kl_coef")}
@@ -101,8 +101,8 @@ def table(summaries):
         "start": lambda summary: dict(reward=[summary["start"]["reward"]], drift=[summary["start"]["drift"]]),
         "PPO": lambda summary: settings_of(summary, "ppo-kl")[0.0],
         "Elastic Reset alone": lambda summary: settings_of(summary, "elastic-reset")[0.0],
-        "KL penalty, best tried": lambda summary: chosen(summary, "ppo-kl"),
-        "Elastic Reset with a KL penalty, best tried": lambda summary: chosen(summary, BOTH),
+        "KL penalty, best tried": lambda summary: tradeoff.chosen_rows(summary, "ppo-kl"),
+        "Elastic Reset with a KL penalty, best tried": lambda summary: tradeoff.chosen_rows(summary, BOTH),
     }
     names = ["", *(f"{TASKS[task]}: {number}" for task in summaries for number in ("reward", "drift"))]
     lines = []
@@ -111,11 +111,6 @@ def table(summaries):
         cells = [short(numbers[which]) for numbers in found for which in ("reward", "drift")]
         lines.append([name, *cells])
     return "\n".join(tradeoff.table(names, lines))
-
-
-def chosen(summary, method):
-    """A row for each seed of the setting that was chosen for a method."""
-    return summary["ends"].loc[summary["methods"].loc[method, "chosen"]]
 
 
 def short(values):
@@ -154,10 +149,10 @@ def by_coefficient(summary, number):
 def tuned(summary):
     """Each method at its chosen setting; the last column is paired by seed."""
     rows = []
-    yardstick = chosen(summary, BOTH)["area"]
+    yardstick = tradeoff.chosen_rows(summary, BOTH)["area"]
     for method, words in WORDS.items():
         if method in summary["methods"].index:
-            one = chosen(summary, method)
+            one = tradeoff.chosen_rows(summary, method)
             label = summary["methods"].loc[method, "chosen"].removeprefix("tutorials/baselines.py:")
             numbers = [short(one[name]) for name in ("reward", "drift", "area")]
             rows.append([words, label, *numbers, "" if method == BOTH else apart(one["area"], yardstick)])
@@ -178,7 +173,7 @@ def rivals(summaries):
 def rival_pairs(summary):
     """{words: the setting with resets, and the rival's}"""
     methods = [method for method in WORDS if method in summary["methods"].index]
-    best = {method: chosen(summary, method) for method in methods}
+    best = {method: tradeoff.chosen_rows(summary, method) for method in methods}
     pairs = {}
     for method in methods[1:]:
         pairs[WORDS[method]] = best[BOTH], best[method]
@@ -254,10 +249,10 @@ def map_of(summary):
 def resets_alone(summary):
     """Resets without a penalty, with the knobs that the map chose, against the tuned penalty."""
     words = {"elastic-reset": "resets alone", "ppo-kl": "penalty alone"}
-    yardstick = chosen(summary, "ppo-kl")["area"]
+    yardstick = tradeoff.chosen_rows(summary, "ppo-kl")["area"]
     rows = []
     for method, name in words.items():
-        own = chosen(summary, method)
+        own = tradeoff.chosen_rows(summary, method)
         cells = [short(own[column]) for column in ("reward", "drift", "largest", "area")]
         rows.append([name, summary["methods"].loc[method, "chosen"], *cells])
         rows[-1].append("" if method == "ppo-kl" else apart(own["area"], yardstick))
