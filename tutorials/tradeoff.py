@@ -463,7 +463,8 @@ def draw_front(axes, summary, styles):
     arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center")
     axes.annotate("better", (0.42, 0.62), (0.54, 0.52), "axes fraction", **arrow)
     text = "\n".join(["beyond this panel", *beyond]) if beyond else ""
-    axes.text(0.98, 0.02, text, transform=axes.transAxes, ha="right", fontsize=8)
+    # Above the place of a start that is far below.
+    axes.text(0.98, 0.11, text, transform=axes.transAxes, ha="right", fontsize=8)
 
 
 def curve(own):
