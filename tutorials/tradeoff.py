@@ -613,7 +613,7 @@ def plot_basin(record):
     summary = record["summary"]
     found = methods_along(summary["ends"], "kl_coef", "learning_rate")
     figure, panels = new_figure(4.2 * len(found), 4, (1, len(found)))
-    colors = ListedColormap(["#FFFFFF", "#F0E442", "#E69F00"])
+    colors = ListedColormap(["#FFFFFF", "#A9C3E0", "#E69F00"])
     for axes, (method, own) in zip(panels, found.items(), strict=True):
         drift, share = grid_of(own, summary, "learning_rate", "kl_coef")
         failure = (share < 0.9).astype(int)
@@ -623,22 +623,25 @@ def plot_basin(record):
         axes.set(xlabel="KL coefficient", ylabel="learning rate")
         well = int((failure == 0).sum().sum())
         axes.set_title(f"{method}\n{well} of {drift.count().sum()} cells end well", fontsize=10)
-    figure.supxlabel("yellow: too little gain; orange: too much drift", fontsize=9)
+    figure.supxlabel("blue: too little gain; orange: too much drift", fontsize=9)
     return figure
 
 
 def plot_map(record):
-    """Draw a map per method, how far back a reset goes by how often. Colour: the share of the best gain in
-    reward that is kept. Line: up to there drift is at most the largest that counts."""
+    """Draw a map per method, how far back a reset goes by how often. Blue: the share of the best gain in
+    reward that is kept. Orange: the drift is too large to count."""
+    from matplotlib.colors import ListedColormap
+
     summary = record["summary"]
     found = methods_along(summary["ends"], "reset_every", "share")
     updates = next(iter(record["configs"].values()))["updates"]
     figure, panels = new_figure(5.5 * len(found), 4.4, (1, len(found)))
     for axes, (method, own) in zip(panels, found.items(), strict=True):
         drift, share = grid_of(own, summary, "reset_every", "share")
-        look = dict(origin="lower", cmap="Blues", alpha=0.6, vmin=0, vmax=1, aspect="auto")
-        image = axes.imshow(share, **look)
-        axes.contour(drift, [summary["range"][1]], colors="#D55E00", linewidths=2)
+        look = dict(origin="lower", aspect="auto", alpha=0.6)
+        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, **look)
+        too_far = (drift > summary["range"][1]).astype(float)
+        axes.imshow(too_far.mask(too_far == 0), cmap=ListedColormap(["#E69F00"]), **look | dict(alpha=1))
         write_cells(axes, drift, share)
         words = {updates: "\nonce, at the end"}
         rows = [f"{every:g}{words.get(every, '')}" for every in drift.index]
@@ -648,7 +651,7 @@ def plot_map(record):
         )
         axes.set_title(method, fontsize=10)
     figure.colorbar(image, ax=panels, label="gain in reward, as a share of the best")
-    words = "in each cell: drift, share of the best gain\nline: left of it drift is too large to count"
+    words = "in each cell: drift, share of the best gain\norange: the drift is too large to count"
     figure.supxlabel(words, fontsize=9)
     return figure
 
@@ -657,8 +660,10 @@ def write_cells(axes, drift, share):
     """Write drift and share of the gain into each cell, and the knobs at the edges."""
     rows, columns = drift.shape
     for row, column in itertools.product(range(rows), range(columns)):
-        words = f"{drift.iloc[row, column]:.3g}\n{share.iloc[row, column]:.0%}"
-        if math.isnan(drift.iloc[row, column]):
+        value = drift.iloc[row, column]
+        number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        words = f"{number}\n{share.iloc[row, column]:.0%}"
+        if math.isnan(value):
             words = "not run"
         axes.text(column, row, words, ha="center", va="center", fontsize=8)
     axes.set_xticks(range(columns), drift.columns.map("{:g}".format))
