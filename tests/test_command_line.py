@@ -138,7 +138,7 @@ def test_bad_slice(capsys, tmp_path):
 
 
 def test_layers_of_settings(tmp_path):
-    assert configure("translation", "ppo-kl").kl_coef == 0.045
+    assert configure("translation", "ppo-kl").kl_coef == 0.03
     assert configure("translation", "ppo-kl", kl_coef=0.3).kl_coef == 0.3
     assert configure("translation", "ppo", kl_coef=0.3).kl_coef == 0.3
     assert configure().batch_size == 128 and configure("translation").batch_size == 16
@@ -229,7 +229,7 @@ def test_a_coefficient_of_0_turns_the_whole_penalty_off(tmp_path, capsys):
     ],
 )
 def test_numbers_may_be_written_as_python_reads_them(words, name, value):
-    config = configure("translation", **parse_flags(words.split()))
+    config = configure("imdb", **parse_flags(words.split()))
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
 
 

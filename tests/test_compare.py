@@ -387,7 +387,7 @@ def test_the_share_of_a_reset_sets_the_decay(tmp_path):
     assert config.reset_every == 100 and config.ema_decay**100 == pytest.approx(0.35, rel=1e-3)
     assert config.output_dir == str(tmp_path / "elastic-reset,reset_every=100,share=0.35" / "seed0")
     config, _ = program.settings_of("elastic-reset:share=.5", 0, shared, tmp_path)
-    assert config.reset_every == 50 and config.ema_decay**50 == pytest.approx(0.5, rel=1e-3)
+    assert config.reset_every == 100 and config.ema_decay**100 == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_method_overrides_a_file_and_flags_override_the_method(tmp_path):
