@@ -1,5 +1,5 @@
-"""Draws evidence.png, reward against drift in the three tasks, and prints the tables of README.md and of
-tutorials/results/README.md.
+"""Draws evidence.png, the trade-off against the KL coefficient in the three tasks, and prints the tables of
+the pages in tutorials/results.
 
     python tutorials/figures/evidence.py
 
@@ -9,8 +9,9 @@ import math
 import sys
 from pathlib import Path
 
+import pandas
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
@@ -19,7 +20,6 @@ from tutorials import tradeoff  # noqa: E402
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
 BOTH = "elastic-reset and a penalty"
-CURVES = {"ppo-kl": "PPO with a KL penalty", BOTH: "Elastic Reset with a KL penalty"}
 ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
 WORDS = {
     BOTH: "penalty and resets",
@@ -37,7 +37,35 @@ MISJUDGED = {  # both have a coefficient that is so many times the best one of t
 }
 ONE_EACH = list(WORDS)[:3]  # the methods with one setting for each KL coefficient
 BATCHES = {8: "batch_8", 16: "", 32: "batch_32"}
-ZOOM = {"translation": ((0.21, 0.26), (-0.13, -0.08))}  # where most of the points of a panel lie
+ALONE_WORDS = {
+    "elastic-reset": "resets alone",
+    "elastic-reset, mixed with the start": "resets alone, mixed with the start",
+    "ppo-kl": "penalty alone",
+    "ppo-kl, averaged at the end": "penalty, averaged at the end",
+    "ppo-kl, mixed with the start": "penalty, mixed with the start",
+}
+COMPARED = {
+    "ppo-kl": "KL penalty alone",
+    BOTH: "KL penalty and resets",
+    "ppo-kl, mixed with the start": "KL penalty, mixed with the start at the end",
+}
+LOOKS = {
+    "KL penalty alone": dict(color="#009E73", marker="^"),
+    "KL penalty and resets": dict(color="#0072B2", marker="o"),
+    "KL penalty, mixed with the start at the end": dict(
+        color="#009E73", marker="^", fillstyle="none", linestyle=":"
+    ),
+}
+RESETS_ALONE = "resets_alone"
+ALONE_FOLDERS = {"seeds 0 to 4": RESETS_ALONE, "seeds 200 to 204": "resets_alone_again"}
+NEAR_KL_16 = [  # settings of real text with about the same KL
+    "elastic-reset:kl_coef=0.003",
+    "ppo, eta 0.40",
+    "ppo-kl:kl_coef=0.003, eta 0.80",
+    "ppo-kl:kl_coef=0.01",
+    "ppo-kl:kl_coef=0.01, average",
+]
+FACTORS = {"none": 0, "a tenth of the best": 0.1, "the best": 1, "ten times the best": 10}
 
 
 def settings_of(summary, method):
@@ -49,68 +77,133 @@ def settings_of(summary, method):
     return {coef: rows.droplevel("setting") for coef, rows in own.groupby("kl_coef")}
 
 
-def draw_panel(axes, summary):
-    """A curve per method along its KL coefficients; the coefficient 0 is drawn large."""
-    for method, label in CURVES.items():
-        own = settings_of(summary, method)
-        color, marker = tradeoff.STYLES[method.split()[0]]
-        look = dict(color=color, marker=marker, markersize=5, linewidth=1.5, elinewidth=0.7, label=label)
-        draw_points(axes, [own[coef] for coef in sorted(own) if coef], **look)
-    for method, (name, label) in ALONE.items():
-        color, marker = tradeoff.STYLES[name]
-        look = dict(color=color, marker=marker, markersize=10, elinewidth=0.7, linestyle="", label=label)
-        draw_points(axes, [settings_of(summary, method)[0.0]], **look)
-    start = summary["start"]["drift"]
-    axes.axvline(start, color="0.6", linestyle=":", linewidth=1.5, zorder=0)
-    axes.text(start, 0.02, " start", color="0.4", transform=axes.get_xaxis_transform())
-    if axes.get_xlim()[1] > 5 * start:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.spines[["top", "right"]].set_visible(False)
+def in_per_cent(summary):
+    """The area of each KL coefficient in per cent of the tuned penalty's: a row per coefficient, a column for
+    the penalty alone, with resets, and for the best mixture with the start."""
+    tuned_penalty = tradeoff.chosen_rows(summary, "ppo-kl")["area"].mean()
+    columns = {}
+    for method, words in COMPARED.items():
+        own = summary["ends"][summary["ends"]["method"].isin(at_any_coefficient(method))]
+        areas = own.groupby(["kl_coef", "setting"])["area"].mean()
+        columns[words] = 100 * areas.groupby("kl_coef").max() / tuned_penalty
+    return pandas.DataFrame(columns)
 
 
-def draw_points(axes, points, **look):
-    drift = [tradeoff.mean_and_error(point["drift"]) for point in points]
-    reward = [tradeoff.mean_and_error(point["reward"]) for point in points]
-    (x, x_error), (y, y_error) = zip(*drift, strict=True), zip(*reward, strict=True)
-    axes.errorbar(x, y, y_error, x_error, **look)
+def at_any_coefficient(method):
+    """The names of a method with a penalty and without one."""
+    return [method, "elastic-reset"] if method == BOTH else [method]
+
+
+def best_coefficient(summary):
+    """That of the penalty alone."""
+    return tradeoff.chosen_rows(summary, "ppo-kl")["kl_coef"].iloc[0]
 
 
 def picture(summaries):
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, (task, summary) in zip(figure.subplots(1, len(TASKS)), summaries.items(), strict=True):
-        draw_panel(axes, summary)
-        axes.set(title=TASKS[task], xlabel=f"drift ({tradeoff.UNITS[task].split()[0]})")
-        if task in ZOOM:
-            inset = axes.inset_axes([0.35, 0.12, 0.6, 0.6])
-            draw_panel(inset, summary)
-            inset.set(xlim=ZOOM[task][0], ylim=ZOOM[task][1])
-            axes.indicate_inset_zoom(inset)
-    figure.axes[0].set_ylabel("reward")
-    arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4")
-    figure.axes[1].annotate("better", (0.3, 0.5), (0.42, 0.4), "axes fraction", **arrow)
-    shown = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
+    """The trade-off in per cent against the KL coefficient as a multiple of the best one."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(TASKS), sharey=True)
+    for axes, (task, summary) in zip(panels, summaries.items(), strict=True):
+        draw_choice(axes, summary, alone_in_per_cent(task))
+        axes.set(title=TASKS[task], xlabel="KL coefficient, as a multiple of the best")
+    figure.axes[0].set_ylabel("trade-off (100: tuned KL penalty)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def table(summaries):
-    """Reward and drift of what each method delivers, a row per method."""
-    rows = {
-        "start": lambda summary: dict(reward=[summary["start"]["reward"]], drift=[summary["start"]["drift"]]),
-        "PPO": lambda summary: settings_of(summary, "ppo-kl")[0.0],
-        "Elastic Reset alone": lambda summary: settings_of(summary, "elastic-reset")[0.0],
-        "KL penalty, best tried": lambda summary: tradeoff.chosen_rows(summary, "ppo-kl"),
-        "Elastic Reset with a KL penalty, best tried": lambda summary: tradeoff.chosen_rows(summary, BOTH),
-    }
-    names = ["", *(f"{TASKS[task]}: {number}" for task in summaries for number in ("reward", "drift"))]
-    lines = []
-    for name, find in rows.items():
-        found = [find(summary) for summary in summaries.values()]
-        cells = [short(numbers[which]) for numbers in found for which in ("reward", "drift")]
-        lines.append([name, *cells])
-    return "\n".join(tradeoff.table(names, lines))
+def alone_in_per_cent(task):
+    """The area of resets without a penalty, with the period and share that the map chose, in per cent of the
+    tuned penalty's in the same record."""
+    summary = record_of(f"{task}/{RESETS_ALONE}")["summary"]
+    areas = [tradeoff.chosen_rows(summary, method)["area"].mean() for method in ("elastic-reset", "ppo-kl")]
+    return 100 * areas[0] / areas[1]
+
+
+def draw_choice(axes, summary, alone):
+    """A line for each method, and a star for resets alone. The coefficient 0 stands left of the others."""
+    table = in_per_cent(summary)
+    multiples = table.index / best_coefficient(summary)
+    zero = min(multiples[multiples > 0]) / 3
+    for words, values in table.items():
+        known = values.notna().to_numpy()
+        places = [place or zero for place in multiples[known]]
+        axes.plot(places, values[known], **LOOKS[words], label=words, markersize=6)
+    look = dict(color=tradeoff.STYLES["elastic-reset"][0], marker="*", markersize=15, linestyle="")
+    axes.plot(zero, alone, **look, label="resets alone, period and share chosen", zorder=4)
+    axes.set_xscale("log")
+    ticks = [tick for tick in (0.01, 0.1, 1, 10) if tick > 1.5 * zero]
+    axes.set_xticks([zero, *ticks], ["none", *(f"{tick:g}" for tick in ticks)])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.axvline(1, color="0.7", linestyle=":", zorder=0)
+    axes.set_ylim(-5, 125)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def choice_table(summaries):
+    """The trade-off in per cent where the penalty is missing, too weak, right and too strong. In each cell:
+    the penalty alone / with resets / the best mixture."""
+    rows = [["none; resets with chosen period and share"]]
+    for task in summaries:
+        rows[0].append(f"- / **{alone_in_per_cent(task):.0f}** / -")
+    for words, factor in FACTORS.items():
+        row = [words]
+        for summary in summaries.values():
+            shares = in_per_cent(summary)
+            coef = nearest(shares.index, factor * best_coefficient(summary)) if factor else 0.0
+            if coef is None:
+                row.append("not run")
+                continue
+            cells = ["-" if math.isnan(value) else f"{value:.0f}" for value in shares.loc[coef]]
+            row.append(" / ".join(cells))
+        rows.append(row)
+    return "\n".join(tradeoff.table(["KL coefficient", *(TASKS[task] for task in summaries)], rows))
+
+
+def nearest(coefs, wanted):
+    """The coefficient next to the one that is wanted, if it is within a factor of 2."""
+    distances = {coef: abs(math.log(coef / wanted)) for coef in coefs if coef}
+    found = min(distances, key=distances.get)
+    return found if distances[found] < math.log(2) else None
+
+
+def while_it_trains(record, method, coef):
+    """The mean drift of all evaluations of a run but the first and those just after a reset, and in qa the
+    mean of pass@1: a row for each seed."""
+    own = settings_of(record["summary"], method)[coef]
+    rows = {}
+    for label, runs in record["runs"].items():
+        setting = tradeoff.without(("average", "mixtures"), label)
+        config = record["configs"][label]
+        same = config["kl_coef"] == coef and config["learning_rate"] == own["learning_rate"].iloc[0]
+        if not same or tradeoff.method_of(setting, config) not in at_any_coefficient(method):
+            continue
+        for seed, history in runs.items():
+            lines = tradeoff.during_training(history)[1:]
+            lines = [line for line in lines if line["event"] != "after reset"]
+            rows[int(seed)] = pandas.DataFrame(lines).mean(numeric_only=True)
+    return pandas.DataFrame.from_dict(rows, orient="index")
+
+
+def training_table(records):
+    """Drift while the policy trains, without resets and with them, and the paired difference."""
+    rows = []
+    for words, factor in list(FACTORS.items())[:3]:
+        for task, record in records.items():
+            summary = record["summary"]
+            coefs = settings_of(summary, BOTH)
+            coef = nearest(coefs, factor * best_coefficient(summary)) if factor else 0.0
+            without, with_resets = (while_it_trains(record, m, coef)["drift"] for m in ("ppo-kl", BOTH))
+            means = [rounded(values.mean(), values.mean()) for values in (without, with_resets)]
+            rows.append([f"{TASKS[task]}, {words}", *means, verdict_on(without - with_resets)])
+    names = ["mean drift while the policy trains", "without resets", "with resets", "resets lower it by"]
+    return "\n".join(tradeoff.table(names, rows))
+
+
+def verdict_on(less):
+    """The mean of a paired difference with its 95 per cent interval."""
+    mean, low, high, _ = tradeoff.difference(less, 0 * less)
+    return f"{rounded(mean, mean)} ({rounded(low, mean)} to {rounded(high, mean)})"
 
 
 def short(values):
@@ -122,17 +215,6 @@ def short(values):
 def rounded(number, size):
     """To as many digits as are worth having of a number of this size."""
     return f"{number:,.{0 if abs(size) >= 100 else 2 if abs(size) >= 3 else 3}f}"
-
-
-def without_penalty(summaries):
-    """What PPO and resets end at where no KL penalty helps them."""
-    rows = []
-    for task, summary in summaries.items():
-        own = [settings_of(summary, method)[0.0] for method in ALONE]
-        cells = [short(setting[name]) for setting in own for name in ("reward", "drift")]
-        rows.append([TASKS[task], short([summary["start"]["drift"]]), *cells])
-    names = ["", "start: drift", "PPO: reward", "PPO: drift", "resets alone: reward", "resets alone: drift"]
-    return "\n".join(tradeoff.table(names, rows))
 
 
 def by_coefficient(summary, number):
@@ -241,38 +323,47 @@ def map_of(summary):
         cells = [f"{every:g}"]
         for share in shares:
             reward, drift, largest = means.loc[every, share]
-            cells.append(f"{reward:.3f} / {drift:.3f} ({largest:.2f})")
+            cells.append(f"{reward:.3f} / {rounded(drift, drift)} ({rounded(largest, largest)})")
         rows.append(cells)
     return "\n".join(tradeoff.table(["every", *(f"share {share:g}" for share in shares)], rows))
 
 
-def resets_alone(summary):
-    """Resets without a penalty, with the knobs that the map chose, against the tuned penalty."""
-    words = {"elastic-reset": "resets alone", "ppo-kl": "penalty alone"}
-    yardstick = tradeoff.chosen_rows(summary, "ppo-kl")["area"]
+def resets_alone(summaries):
+    """Resets without a penalty, with the period and share that the map chose, against the tuned penalty: a
+    row for each method and each set of seeds."""
     rows = []
-    for method, name in words.items():
-        own = tradeoff.chosen_rows(summary, method)
-        cells = [short(own[column]) for column in ("reward", "drift", "largest", "area")]
-        rows.append([name, summary["methods"].loc[method, "chosen"], *cells])
-        rows[-1].append("" if method == "ppo-kl" else apart(own["area"], yardstick))
-    names = [
-        "method",
-        "setting",
-        "reward",
-        "drift at the end",
-        "largest drift",
-        "area",
-        "area less the penalty's",
-    ]
-    return "\n".join(tradeoff.table(names, rows))
+    for words, summary in summaries.items():
+        yardstick = tradeoff.chosen_rows(summary, "ppo-kl")["area"]
+        for method, name in ALONE_WORDS.items():
+            if method not in summary["methods"].index:
+                continue
+            own = tradeoff.chosen_rows(summary, method)
+            cells = [short(own[column]) for column in ("reward", "drift", "largest", "area")]
+            label = setting_words(summary["methods"].loc[method, "chosen"])
+            less = "" if method == "ppo-kl" else apart(own["area"], yardstick)
+            rows.append([f"{name}, {words}", label, *cells, less])
+    names = ["method", "setting", "reward", "drift at the end", "largest drift", "area"]
+    return "\n".join(tradeoff.table([*names, "area less the penalty's"], rows))
 
 
-def real_text(summary):
-    """The reward of each setting, and three numbers that may tell what it costs. Some settings that lie
-    between others are left out."""
+def setting_words(label):
+    """ "elastic-reset:kl_coef=0:reset_every=100:share=0.6, eta 0.80" -> "every 100, share 0.6, eta 0.80" """
+    label, _, afterwards = label.partition(", ")
+    own = tradeoff.split_label(label)[1]
+    said = []
+    for name, words in {"reset_every": "every", "share": "share", "kl_coef": "KL"}.items():
+        if own.get(name, "0") != "0":
+            said.append(f"{words} {own[name]}")
+    if afterwards:
+        said.append(afterwards)
+    return ", ".join(said)
+
+
+def real_text(summary, wanted=()):
+    """The reward of each setting, and three numbers that may tell what it costs. Without `wanted`, some
+    settings that lie between others are left out."""
     names, rows = ("reward", "kl", "distinct_2", "drift"), []
-    for label in summary["ends"].index.unique("setting"):
+    for label in wanted or summary["ends"].index.unique("setting"):
         if not any(part in label for part in (" at ", "eta 0.20", "eta 0.60")):
             rows.append([label, *(short(summary["ends"].loc[label][name]) for name in names)])
     start = [rounded(summary["start"][name], summary["start"][name]) for name in names]
@@ -285,27 +376,42 @@ def records(folder=""):
     return {task: tradeoff.read_record(RESULTS / task / folder)["summary"] for task in TASKS}
 
 
+def record_of(folder):
+    """The record in a folder of tutorials/results, with its summary."""
+    return tradeoff.read_record(RESULTS / folder)
+
+
 def page_tables():
-    """{name: table}, those of tutorials/results/README.md"""
-    found, again = records(), records("confirmation")
-    tables = {"without": without_penalty(found), "rivals": rivals(found), "rivals again": rivals(again)}
-    tables["batches"] = by_batch_size()
-    tables["map"] = map_of(tradeoff.read_record(RESULTS / "translation" / "map")["summary"])
-    tables["resets alone"] = resets_alone(
-        tradeoff.read_record(RESULTS / "translation" / "resets_alone")["summary"]
-    )
-    tables["reviews"] = real_text(tradeoff.read_record(RESULTS / "reviews")["summary"])
-    for name, summary in found.items():
-        tables |= {f"{number} {name}": by_coefficient(summary, number) for number in ("drift", "reward")}
-        tables[f"tuned {name}"] = tuned(summary)
-    return tables | {f"tuned {name} again": tuned(summary) for name, summary in again.items()}
+    """{page of tutorials/results: {name: table}}"""
+    whole = {task: record_of(task) for task in TASKS}
+    found = {task: record["summary"] for task, record in whole.items()}
+    again = {task: record_of(f"{task}/confirmation")["summary"] for task in TASKS}
+    pages = {task: task_tables(task, found[task], again[task]) for task in TASKS}
+    pages["translation"]["batches"] = by_batch_size()
+    reviews = record_of("reviews")["summary"]
+    pages["reviews"] = dict(few=real_text(reviews, NEAR_KL_16), all=real_text(reviews))
+    pages["README"] = dict(choice=choice_table(found), training=training_table(whole))
+    pages["README"] |= {"rivals": rivals(found), "rivals again": rivals(again)}
+    return pages
+
+
+def task_tables(task, found, again):
+    """Those of a task's own page."""
+    tables = dict(map=map_of(record_of(f"{task}/map")["summary"]))
+    alone = {}
+    for words, folder in ALONE_FOLDERS.items():
+        if (RESULTS / task / folder).exists():
+            alone[words] = record_of(f"{task}/{folder}")["summary"]
+    tables["resets alone"] = resets_alone(alone)
+    tables |= {number: by_coefficient(found, number) for number in ("drift", "reward")}
+    return tables | {"tuned": tuned(found), "tuned again": tuned(again)}
 
 
 if __name__ == "__main__":
     found = records()
     picture(found).savefig(HERE / "evidence.png", dpi=200)
-    print(table(found))
-    for name, text in page_tables().items():
-        print(f"\n{name}\n{text}")
-    for name, summary in found.items():
-        print(f"{name}: {near_the_best(summary)}")
+    for page, tables in page_tables().items():
+        for name, text in tables.items():
+            print(f"\n{page}: {name}\n{text}")
+    for task, summary in found.items():
+        print(f"{task}: {near_the_best(summary)}")
