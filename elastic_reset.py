@@ -27,7 +27,7 @@ Elastic Reset does not change PPO's loss, its value head or the optimizer's mome
 of imdb adds a small KL penalty, which `--kl_coef 0` turns off.
 
 Run it:   python elastic_reset.py --task translation    (offline, minutes on two CPU cores; --help)
-Copy it:  ElasticReset needs torch alone and asks for one line in a training loop, `elastic.step()`.
+Copy it:  ElasticReset needs only torch and asks for one line in a training loop, `elastic.step()`.
           To paste section 1 by itself, put before it: import contextlib, itertools, torch;
           from torch import nn; ema_kernel = None.
 
@@ -1468,7 +1468,7 @@ class Task(Protocol):
                                     gradients, which are averaged over the processes afterwards
     Optional attributes:
         trained        {name: module or optimizer}: what else learns, for the checkpoints
-        saved_models   {name: (model, tokenizer)}: saved at the end, beside the policy
+        saved_models   {name: (model, tokenizer)}: saved at the end, together with the policy
         footnote       a text that is printed at the end"""
 
     policy: nn.Module  # a transformers model with generate()

@@ -27,7 +27,7 @@ WORDS = {
     "ppo-kl, averaged at the end": "penalty, averaged at the end",
     "ppo-kl, mixed with the start": "penalty, mixed with the start",
     "ppo, stopped early": "PPO, stopped early",
-    "S2P": "supervised loss beside RL (S2P)",
+    "S2P": "supervised loss together with RL (S2P)",
     "SIL": "imitation by students (SIL)",
 }
 MISJUDGED = {  # both have a coefficient that is so many times the best one of the penalty alone
@@ -65,7 +65,7 @@ NEAR_KL_16 = [  # settings of real text with about the same KL
     "ppo-kl:kl_coef=0.01",
     "ppo-kl:kl_coef=0.01, average",
 ]
-FACTORS = {"none": 0, "a tenth of the best": 0.1, "the best": 1, "ten times the best": 10}
+FACTORS = {"none": 0, "about a tenth of the best": 0.1, "the best": 1, "about ten times the best": 10}
 
 
 def settings_of(summary, method):
