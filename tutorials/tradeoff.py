@@ -638,10 +638,10 @@ def plot_map(record):
     figure, panels = new_figure(5.5 * len(found), 4.4, (1, len(found)))
     for axes, (method, own) in zip(panels, found.items(), strict=True):
         drift, share = grid_of(own, summary, "reset_every", "share")
-        look = dict(origin="lower", aspect="auto", alpha=0.6)
-        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, **look)
-        too_far = (drift > summary["range"][1]).astype(float)
-        axes.imshow(too_far.mask(too_far == 0), cmap=ListedColormap(["#E69F00"]), **look | dict(alpha=1))
+        look = dict(origin="lower", aspect="auto")
+        image = axes.imshow(share, cmap="Blues", alpha=0.6, vmin=0, vmax=1, **look)
+        too_far = drift.where(drift > summary["range"][1])
+        axes.imshow(too_far, cmap=ListedColormap(["#E69F00"]), **look)
         write_cells(axes, drift, share)
         words = {updates: "\nonce, at the end"}
         rows = [f"{every:g}{words.get(every, '')}" for every in drift.index]

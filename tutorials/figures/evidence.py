@@ -5,6 +5,7 @@ the pages in tutorials/results.
 
 It reads the records in tutorials/results, which compare.py has made."""
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ from tutorials import tradeoff  # noqa: E402
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
 BOTH = "elastic-reset and a penalty"
-ALONE = {"ppo-kl": ("ppo", "PPO alone"), "elastic-reset": ("elastic-reset", "Elastic Reset alone")}
 WORDS = {
     BOTH: "penalty and resets",
     "ppo-kl": "penalty alone",
@@ -40,20 +40,18 @@ BATCHES = {8: "batch_8", 16: "", 32: "batch_32"}
 ALONE_WORDS = {
     "elastic-reset": "resets alone",
     "elastic-reset, mixed with the start": "resets alone, mixed with the start",
-    "ppo-kl": "penalty alone",
-    "ppo-kl, averaged at the end": "penalty, averaged at the end",
-    "ppo-kl, mixed with the start": "penalty, mixed with the start",
 }
-COMPARED = {
-    "ppo-kl": "KL penalty alone",
-    BOTH: "KL penalty and resets",
-    "ppo-kl, mixed with the start": "KL penalty, mixed with the start at the end",
-}
-LOOKS = {
-    "KL penalty alone": dict(color="#009E73", marker="^"),
-    "KL penalty and resets": dict(color="#0072B2", marker="o"),
-    "KL penalty, mixed with the start at the end": dict(
-        color="#009E73", marker="^", fillstyle="none", linestyle=":"
+ALONE_WORDS |= {method: words for method, words in WORDS.items() if method.startswith("ppo-kl")}
+BLUE, GREEN = tradeoff.STYLES["elastic-reset"][0], tradeoff.STYLES["ppo-kl"][0]
+COMPARED = {  # {method: its line in the picture}
+    "ppo-kl": dict(label="KL penalty alone", color=GREEN, marker="^"),
+    BOTH: dict(label="KL penalty and resets", color=BLUE, marker="o"),
+    "ppo-kl, mixed with the start": dict(
+        label="KL penalty, mixed with the start at the end",
+        color=GREEN,
+        marker="^",
+        fillstyle="none",
+        linestyle=":",
     ),
 }
 RESETS_ALONE = "resets_alone"
@@ -68,12 +66,18 @@ NEAR_KL_16 = [  # settings of real text with about the same KL
 FACTORS = {"none": 0, "about a tenth of the best": 0.1, "the best": 1, "about ten times the best": 10}
 
 
+def rows_of(summary, method):
+    """A row for each setting of a method and each seed. Without a penalty, resets are a method of their own,
+    so they are added to those with one."""
+    names = [method, "elastic-reset"] if method == BOTH else [method]
+    return summary["ends"][summary["ends"]["method"].isin(names)]
+
+
 def settings_of(summary, method):
     """Those of a method at the learning rate of the chosen one: {KL coefficient: a row for each seed}."""
-    ends = summary["ends"]
+    own = rows_of(summary, method)
     rate = tradeoff.chosen_rows(summary, method)["learning_rate"].iloc[0]
-    names = [method, "elastic-reset"] if method == BOTH else [method]  # at the coefficient 0 resets are alone
-    own = ends[ends["method"].isin(names) & (ends["learning_rate"] == rate)]
+    own = own[own["learning_rate"] == rate]
     return {coef: rows.droplevel("setting") for coef, rows in own.groupby("kl_coef")}
 
 
@@ -82,16 +86,10 @@ def in_per_cent(summary):
     the penalty alone, with resets, and for the best mixture with the start."""
     tuned_penalty = tradeoff.chosen_rows(summary, "ppo-kl")["area"].mean()
     columns = {}
-    for method, words in COMPARED.items():
-        own = summary["ends"][summary["ends"]["method"].isin(at_any_coefficient(method))]
-        areas = own.groupby(["kl_coef", "setting"])["area"].mean()
-        columns[words] = 100 * areas.groupby("kl_coef").max() / tuned_penalty
+    for method in COMPARED:
+        areas = rows_of(summary, method).groupby(["kl_coef", "setting"])["area"].mean()
+        columns[method] = 100 * areas.groupby("kl_coef").max() / tuned_penalty
     return pandas.DataFrame(columns)
-
-
-def at_any_coefficient(method):
-    """The names of a method with a penalty and without one."""
-    return [method, "elastic-reset"] if method == BOTH else [method]
 
 
 def best_coefficient(summary):
@@ -115,7 +113,7 @@ def picture(summaries):
 def alone_in_per_cent(task):
     """The area of resets without a penalty, with the period and share that the map chose, in per cent of the
     tuned penalty's in the same record."""
-    summary = record_of(f"{task}/{RESETS_ALONE}")["summary"]
+    summary = record_of(task, RESETS_ALONE)["summary"]
     areas = [tradeoff.chosen_rows(summary, method)["area"].mean() for method in ("elastic-reset", "ppo-kl")]
     return 100 * areas[0] / areas[1]
 
@@ -125,11 +123,11 @@ def draw_choice(axes, summary, alone):
     table = in_per_cent(summary)
     multiples = table.index / best_coefficient(summary)
     zero = min(multiples[multiples > 0]) / 3
-    for words, values in table.items():
+    for method, values in table.items():
         known = values.notna().to_numpy()
         places = [place or zero for place in multiples[known]]
-        axes.plot(places, values[known], **LOOKS[words], label=words, markersize=6)
-    look = dict(color=tradeoff.STYLES["elastic-reset"][0], marker="*", markersize=15, linestyle="")
+        axes.plot(places, values[known], **COMPARED[method], markersize=6)
+    look = dict(color=BLUE, marker="*", markersize=15, linestyle="")
     axes.plot(zero, alone, **look, label="resets alone, period and share chosen", zorder=4)
     axes.set_xscale("log")
     ticks = [tick for tick in (0.01, 0.1, 1, 10) if tick > 1.5 * zero]
@@ -146,63 +144,63 @@ def choice_table(summaries):
     rows = [["none; resets with chosen period and share"]]
     for task in summaries:
         rows[0].append(f"- / **{alone_in_per_cent(task):.0f}** / -")
+    per_cent = {task: in_per_cent(summary) for task, summary in summaries.items()}
     for words, factor in FACTORS.items():
         row = [words]
-        for summary in summaries.values():
-            shares = in_per_cent(summary)
-            coef = nearest(shares.index, factor * best_coefficient(summary)) if factor else 0.0
+        for task, summary in summaries.items():
+            coef = nearest(per_cent[task].index, factor * best_coefficient(summary))
             if coef is None:
                 row.append("not run")
                 continue
-            cells = ["-" if math.isnan(value) else f"{value:.0f}" for value in shares.loc[coef]]
-            row.append(" / ".join(cells))
+            areas = per_cent[task].loc[coef]
+            row.append(" / ".join("-" if math.isnan(area) else f"{area:.0f}" for area in areas))
         rows.append(row)
     return "\n".join(tradeoff.table(["KL coefficient", *(TASKS[task] for task in summaries)], rows))
 
 
 def nearest(coefs, wanted):
-    """The coefficient next to the one that is wanted, if it is within a factor of 2."""
+    """The coefficient next to the one that is wanted, if it is within a factor of 2, and 0 for 0."""
+    if wanted == 0:
+        return 0.0
     distances = {coef: abs(math.log(coef / wanted)) for coef in coefs if coef}
     found = min(distances, key=distances.get)
     return found if distances[found] < math.log(2) else None
 
 
 def while_it_trains(record, method, coef):
-    """The mean drift of all evaluations of a run but the first and those just after a reset, and in qa the
-    mean of pass@1: a row for each seed."""
-    own = settings_of(record["summary"], method)[coef]
-    rows = {}
-    for label, runs in record["runs"].items():
-        setting = tradeoff.without(("average", "mixtures"), label)
-        config = record["configs"][label]
-        same = config["kl_coef"] == coef and config["learning_rate"] == own["learning_rate"].iloc[0]
-        if not same or tradeoff.method_of(setting, config) not in at_any_coefficient(method):
-            continue
-        for seed, history in runs.items():
-            lines = tradeoff.during_training(history)[1:]
-            lines = [line for line in lines if line["event"] != "after reset"]
-            rows[int(seed)] = pandas.DataFrame(lines).mean(numeric_only=True)
-    return pandas.DataFrame.from_dict(rows, orient="index")
+    """The drift of each seed while the policy trains: the mean of all evaluations but the first and those
+    just after a reset."""
+    rows = rows_of(record["summary"], method)
+    setting = rows[rows["kl_coef"] == coef].index.unique("setting").item()
+    runs = {}
+    for label, own in record["runs"].items():
+        runs[tradeoff.without(("average", "mixtures"), label)] = own
+    drifts = {}
+    for seed, history in runs[setting].items():
+        lines = pandas.DataFrame(tradeoff.during_training(history)[1:])
+        drifts[seed] = lines[lines["event"] != "after reset"]["drift"].mean()
+    return pandas.Series(drifts)
 
 
-def training_table(records):
+def training_table():
     """Drift while the policy trains, without resets and with them, and the paired difference."""
     rows = []
-    for words, factor in list(FACTORS.items())[:3]:
-        for task, record in records.items():
+    for words in ("none", "about a tenth of the best", "the best"):
+        for task in TASKS:
+            record = record_of(task)
             summary = record["summary"]
-            coefs = settings_of(summary, BOTH)
-            coef = nearest(coefs, factor * best_coefficient(summary)) if factor else 0.0
-            without, with_resets = (while_it_trains(record, m, coef)["drift"] for m in ("ppo-kl", BOTH))
-            means = [rounded(values.mean(), values.mean()) for values in (without, with_resets)]
-            rows.append([f"{TASKS[task]}, {words}", *means, verdict_on(without - with_resets)])
+            coef = nearest(settings_of(summary, BOTH), FACTORS[words] * best_coefficient(summary))
+            without = while_it_trains(record, "ppo-kl", coef)
+            with_resets = while_it_trains(record, BOTH, coef)
+            means = [rounded(mean, mean) for mean in (without.mean(), with_resets.mean())]
+            rows.append([f"{TASKS[task]}, {words}", *means, interval_of(without - with_resets)])
     names = ["mean drift while the policy trains", "without resets", "with resets", "resets lower it by"]
     return "\n".join(tradeoff.table(names, rows))
 
 
-def verdict_on(less):
-    """The mean of a paired difference with its 95 per cent interval."""
-    mean, low, high, _ = tradeoff.difference(less, 0 * less)
+def interval_of(differences):
+    """The mean of paired differences with its 95 per cent interval."""
+    mean, low, high, _ = tradeoff.difference(differences, 0)
     return f"{rounded(mean, mean)} ({rounded(low, mean)} to {rounded(high, mean)})"
 
 
@@ -260,7 +258,7 @@ def rival_pairs(summary):
     for method in methods[1:]:
         pairs[WORDS[method]] = best[BOTH], best[method]
     for words, (rival, factor) in MISJUDGED.items():
-        coef = factor * best["ppo-kl"]["kl_coef"].iloc[0]
+        coef = factor * best_coefficient(summary)
         ours = best_near(summary, BOTH, coef)
         theirs = best_near(summary, rival, coef)
         if ours is not None and theirs is not None:
@@ -270,12 +268,11 @@ def rival_pairs(summary):
 
 def best_near(summary, method, coef):
     """The best setting of those whose KL coefficient is nearest to coef, if it is within a factor of 2."""
-    own = summary["ends"][summary["ends"]["method"] == method]
-    distances = {c: abs(math.log(c / coef)) for c in own["kl_coef"].unique() if c}
-    nearest = min(distances, key=distances.get)
-    if distances[nearest] >= math.log(2):
+    own = rows_of(summary, method)
+    found = nearest(own["kl_coef"].unique(), coef)
+    if found is None:
         return None
-    there = own[own["kl_coef"] == nearest]
+    there = own[own["kl_coef"] == found]
     return there.loc[there.groupby("setting", sort=False)["area"].mean().idxmax()]
 
 
@@ -304,7 +301,7 @@ def by_batch_size():
     """The area of resets less that of a rival at the same KL coefficient, in the game with other batches."""
     rows, coefs = [], (0.003, 0.01, 0.03)
     for size, folder in BATCHES.items():
-        own = tradeoff.read_record(RESULTS / "translation" / folder)["summary"]
+        own = record_of("translation", folder)["summary"]
         for rival in ONE_EACH[1:]:
             ours, theirs = settings_of(own, BOTH), settings_of(own, rival)
             words = [verdict(ours[coef], theirs[coef]) for coef in coefs]
@@ -373,35 +370,34 @@ def real_text(summary, wanted=()):
 
 def records(folder=""):
     """{task: the summary of its record}, or of that in a folder of it"""
-    return {task: tradeoff.read_record(RESULTS / task / folder)["summary"] for task in TASKS}
+    return {task: record_of(task, folder)["summary"] for task in TASKS}
 
 
-def record_of(folder):
-    """The record in a folder of tutorials/results, with its summary."""
-    return tradeoff.read_record(RESULTS / folder)
+@functools.cache
+def record_of(task, folder=""):
+    """The record of a task, or that in a folder of it, with its summary. It is read once."""
+    return tradeoff.read_record(RESULTS / task / folder)
 
 
 def page_tables():
     """{page of tutorials/results: {name: table}}"""
-    whole = {task: record_of(task) for task in TASKS}
-    found = {task: record["summary"] for task, record in whole.items()}
-    again = {task: record_of(f"{task}/confirmation")["summary"] for task in TASKS}
+    found, again = records(), records("confirmation")
     pages = {task: task_tables(task, found[task], again[task]) for task in TASKS}
     pages["translation"]["batches"] = by_batch_size()
     reviews = record_of("reviews")["summary"]
     pages["reviews"] = dict(few=real_text(reviews, NEAR_KL_16), all=real_text(reviews))
-    pages["README"] = dict(choice=choice_table(found), training=training_table(whole))
+    pages["README"] = dict(choice=choice_table(found), training=training_table())
     pages["README"] |= {"rivals": rivals(found), "rivals again": rivals(again)}
     return pages
 
 
 def task_tables(task, found, again):
     """Those of a task's own page."""
-    tables = dict(map=map_of(record_of(f"{task}/map")["summary"]))
+    tables = dict(map=map_of(record_of(task, "map")["summary"]))
     alone = {}
     for words, folder in ALONE_FOLDERS.items():
         if (RESULTS / task / folder).exists():
-            alone[words] = record_of(f"{task}/{folder}")["summary"]
+            alone[words] = record_of(task, folder)["summary"]
     tables["resets alone"] = resets_alone(alone)
     tables |= {number: by_coefficient(found, number) for number in ("drift", "reward")}
     return tables | {"tuned": tuned(found), "tuned again": tuned(again)}
