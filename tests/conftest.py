@@ -1,10 +1,13 @@
 import functools
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import tqdm
 
 # One thread, here and in the processes that tests start: they compare numbers, and sums depend on its number.
@@ -19,6 +22,14 @@ TINY = dict(
     updates=4, batch_size=16, mini_batch_size=8, eval_every=2, eval_size=16, save_every=1, reset_every=2,
     d_model=16, pretrain_updates=20, pretrain_batch_size=16, kl_coef=0.0,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Every test draws the same numbers in whatever order the tests run."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,7 @@ from tutorials.tradeoff import (
     STYLES,
     area_under_front,
     difference,
+    drawn_methods,
     mean_and_error,
     method_of,
     over_updates,
@@ -234,22 +235,30 @@ def test_names_do_not_overlap_and_lie_within_the_picture():
 
 @pytest.mark.parametrize("drift", [0.5, 2, 200])
 def test_names_and_legend_of_a_picture_lie_apart(drift):
-    """The names right of the curves, the legend's and that of the start are where no other text is."""
-    labels = ["elastic-reset", *(f"ppo-kl:d_model={8 * i}" for i in range(1, 9))]
+    """The names right of the curves and those of the legend are where no other text is. A curve that leaves
+    the panel says where it ends."""
+    labels = ["elastic-reset", "ppo-kl:d_model=8", "ppo-kl:d_model=16"]
     runs = {label: {0: history((1, -99), (drift, 1), (drift + i / 99, 2))} for i, label in enumerate(labels)}
     figure = plot_tradeoff(record_of(runs))
     figure.draw_without_rendering()
     texts = figure.axes[1].texts + figure.legends[0].texts + figure.axes[0].texts
-    texts = [text for text in texts if text.get_text()]
-    names = [text.get_text() for text in texts]
-    assert all(names.count(label) == 2 for label in labels)
-    assert any(name.startswith("beyond this panel\nelastic-reset: 2 at 200") for name in names) == (
-        drift == 200
-    )
+    names = [text.get_text().replace("\n", ":", 1) for text in texts]
+    assert all(sum(name.startswith(label) for name in names) == 2 for label in labels)
+    assert sum("ends at 200" in name for name in names) == (3 if drift == 200 else 0)
     boxes = [text.get_window_extent() for text in texts]
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i]), (names[i], names)
         assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0 and box.y1 <= figure.bbox.height
+
+
+def test_a_picture_of_many_methods_has_the_best_of_each_kind():
+    worse, better = {0: history((1, 0), (1.2, 1))}, {0: history((1, 0), (1.1, 2))}
+    runs = {"ppo": {0: history((1, 0), (1.2, 1), (1.4, 1.5))}, "reset-ema": worse, "elastic-reset": better}
+    summary = record_of(runs)["summary"]
+    assert [*summary["methods"].index] == ["ppo-kl", "ppo, stopped early", "reset-ema", "elastic-reset"]
+    assert drawn_methods(summary) == ["elastic-reset", "ppo, stopped early", "ppo-kl"]
+    del runs["reset-ema"]
+    assert drawn_methods(record_of(runs)["summary"]) == ["ppo-kl", "ppo, stopped early", "elastic-reset"]
 
 
 def runs_over(method, drift_of, **knobs):

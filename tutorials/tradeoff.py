@@ -401,70 +401,66 @@ def means_of(ends):
 
 def plot_tradeoff(record):
     """Draw reward against drift, a curve per method over its settings, the chosen one large; and, right, the
-    drift of the chosen settings and of plain PPO over the updates. Means with standard errors."""
+    drift of the chosen settings and of plain PPO over the updates. Means with standard errors. Of more than
+    three methods only drawn_methods() are there; the tables have all."""
     summary = record["summary"]
-    methods = summary["methods"]
-    figure, (plane, over_time) = new_figure(11, 5.6, (1, 2))
-    styles = styles_of(methods.index)
-    draw_front(plane, summary, styles)
+    methods = summary["methods"].loc[drawn_methods(summary)]
+    figure, (plane, over_time) = new_figure(9, 4.6, (1, 2))
+    draw_front(plane, summary, methods["chosen"])
     wanted = ["ppo", *methods["chosen"]]
     shown = {}
     for label, runs in record["runs"].items():
         label = without(("average", "mixtures"), label)
         if label in wanted:
             shown[method_of(label, {}) if is_baseline(label) else label] = runs
-    draw_over_time(over_time, shown, styles_of(list(shown)))
+    draw_over_time(over_time, shown, summary["range"])
     plane.set(xlabel=drift_axis(record), ylabel="reward")
     over_time.set(xlabel="update", ylabel=drift_axis(record))
-    rows = math.ceil(sum(len(method) + 7 for method in styles) / 120)  # of the legend, by its characters
-    columns = math.ceil(len(styles) / rows)
-    look = dict(loc="outside lower center", ncols=columns, frameon=False, title_fontsize=9)
-    handles, labels = plane.get_legend_handles_labels()
-    figure.legend(handles, labels, title="large: the setting that was chosen", **look)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     return figure
 
 
-def draw_front(axes, summary, styles):
-    """Draw the methods. The panel ends where drift has grown twice as far as the range; a method whose first
-    setting lies beyond is listed in it."""
+def drawn_methods(summary):
+    """List the methods of a picture: all, or of more than three the best with resets, the best without, and
+    the best of what is made of a run's weights at its end."""
+    methods = summary["methods"]
+    if len(methods) <= 3:
+        return list(methods.index)
+    areas = summary["ends"].groupby("setting")["area"].mean()
+    best = {}
+    for method in methods["chosen"].map(areas).sort_values(ascending=False).index:
+        kind = "at the end" if ", " in method else "resets" if "reset" in method else "none"
+        best.setdefault(kind, method)
+    return list(best.values())
+
+
+def draw_front(axes, summary, chosen):
+    """Draw the curves of some methods, given as {method: its chosen setting}. The panel has the upper half of
+    the gain in reward, and the drift that counts; beyond stands a hatched strip."""
     low, high = summary["range"]
-    limit = low + 2 * (high - low)
+    styles = styles_of(list(chosen.index))
     means = means_of(summary["ends"])
-    beyond = []
-    for method, numbers in summary["methods"].iterrows():
-        style = styles[method]
-        every = means[means["method"] == method]
-        far = every[every["drift"] > limit]
-        if len(far):
-            first = far.iloc[0]
-            more = f", and {len(far) - 1} more" if len(far) > 1 else ""
-            beyond.append(f"{far.index[0]}: {first['reward']:.3g} at {first['drift']:.3g}{more}")
-        every = every[every["drift"] <= limit]
-        own = curve(every)
-        pale = dict(color=style["color"], marker=".", linestyle="", alpha=0.3)
-        axes.plot(every["drift"], every["reward"], **pale)  # also those that others beat
+    for method, best in chosen.items():
+        style = styles[method] | dict(linewidth=1.5)
+        own = curve(means[means["method"] == method])
+        axes.plot(own["drift"], own["reward"], **style, markersize=4)
+        point = means.loc[best]
+        place = point["drift"], point["reward"], point["reward_error"], point["drift_error"]
+        axes.errorbar(*place, **style | dict(linestyle="", markersize=10))
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
-        line = style | dict(marker="", linewidth=1)
-        axes.plot(own["drift"], own["reward"], **line)
-        for setting, point in every.iterrows():
-            if setting not in own.index and setting != numbers["chosen"]:
-                continue
-            size = 10 if setting == numbers["chosen"] else 4
-            look = style | dict(linestyle="", markersize=size)
-            if setting == "ppo" and "ppo" not in styles:  # it is the first point of ppo-kl
-                look["color"], look["marker"] = STYLES["ppo"]
-            place = point["drift"], point["reward"], point["reward_error"], point["drift_error"]
-            axes.errorbar(*place, elinewidth=0.7, **look)
-    shown = means[means["drift"] <= limit]
-    set_limits(axes, shown, summary["start"], limit)
-    axes.axvline(high, color="0.8", linewidth=1, zorder=0)
-    look = dict(transform=axes.get_xaxis_transform(), va="top", fontsize=8)
-    axes.text(high, 0.99, f" {high / low:.3g} times the start's drift", **look)
-    arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center")
-    axes.annotate("better", (0.42, 0.62), (0.54, 0.52), "axes fraction", **arrow)
-    text = "\n".join(["beyond this panel", *beyond]) if beyond else ""
-    # Above the place of a start that is far below.
-    axes.text(0.98, 0.11, text, transform=axes.transAxes, ha="right", fontsize=8)
+    shown = means[means["method"].isin(chosen.index) & (means["drift"] <= high)]
+    rewards = [*shown["reward"], *means.loc[chosen, "reward"]]
+    top = max(rewards)
+    bottom = min(summary["floor"] + 0.5 * (top - summary["floor"]), *means.loc[chosen, "reward"])
+    margin = 0.06 * (top - bottom or 1)
+    drifts = means.loc[chosen, "drift"]
+    right = max(high, *drifts) + 0.15 * (high - low)
+    axes.set_xlim(min(low, *drifts) - 0.05 * (high - low), right)
+    axes.set_ylim(bottom - margin, top + margin)
+    axes.axvspan(high, right, facecolor="none", edgecolor="0.8", hatch="//", zorder=0)
+    axes.set_title(f"hatched: beyond {high / low:.3g} times the start's drift", fontsize=11)
+    arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center", fontsize=11)
+    axes.annotate("better", (0.5, 0.5), (0.65, 0.35), "axes fraction", **arrow)
 
 
 def curve(own):
@@ -475,26 +471,6 @@ def curve(own):
     own = own.sort_values(["drift", "reward"], ascending=[True, False])
     best_before = own["reward"].cummax().shift(fill_value=-math.inf)
     return own[own["reward"] > best_before]
-
-
-def set_limits(axes, shown, start, limit):
-    """Set the limits of the panel, so that all that is shown is in it, and mark the start."""
-    drift = start["drift"]
-    reward = start["reward"]
-    rewards = shown["reward"] if len(shown) else pandas.Series([reward])
-    bottom = rewards.min()
-    top = rewards.max()
-    text = "start"
-    if reward < bottom - (top - bottom):  # far below; its star stands at the lower edge
-        text = f"start, far below: {reward:.3g}"
-        reward = bottom - 0.1 * (top - bottom or 1)
-    bottom = min(bottom, reward)
-    margin = 0.06 * (top - bottom or 1)
-    left = min([drift, *shown["drift"]])
-    axes.set_xlim(left - 0.06 * (limit - left), limit)
-    axes.set_ylim(bottom - margin, top + margin)
-    axes.plot(drift, reward, "k*", markersize=10, zorder=4)
-    axes.annotate(text, (drift, reward), (9, -3), textcoords="offset points")
 
 
 def over_updates(runs, name):
@@ -509,27 +485,31 @@ def over_updates(runs, name):
     return pandas.DataFrame(dict(update=updates, mean=seeds.mean(axis=1), error=error))
 
 
-def draw_over_time(axes, runs_of, styles):
+def draw_over_time(axes, runs_of, counting):
+    """Draw drift over the updates, up to twice the range that counts. A curve that ends beyond says where."""
+    low, high = counting
+    limit = low + 2 * (high - low)
+    styles = styles_of(list(runs_of))
     ends = {}
     for label, runs in runs_of.items():
         drift = over_updates(runs, "drift")
         update = drift["update"]
         mean = drift["mean"]
-        look = styles[label] | dict(linewidth=1.2, markersize=4)
+        look = styles[label] | dict(linewidth=1.5, markersize=4)
         axes.plot(update, mean, **look)
         band = dict(color=look["color"], alpha=0.15, linewidth=0)
         axes.fill_between(update, mean - drift["error"], mean + drift["error"], **band)
         ends[label] = mean.iloc[-1]
-    if max(ends.values()) > 20 * min(ends.values()):
-        axes.set_yscale("log", nonpositive="clip")
-    axes.margins(x=0.02)
-    axes.autoscale_view()  # the limits, by which names are placed at the ends of their lines
-    to_axes = axes.transData + axes.transAxes.inverted()
+    bottom = min(low, *ends.values()) - 0.1 * (high - low)
+    axes.set_ylim(bottom, limit)
     labels = sorted(ends, key=ends.get)
-    heights = spread([to_axes.transform((0, ends[label]))[1] for label in labels], 0.05)
+    heights = spread([(ends[label] - bottom) / (limit - bottom) for label in labels], 0.17)
     for label, height in zip(labels, heights, strict=True):
-        look = dict(color=styles[label]["color"], fontsize=8, va="center", transform=axes.transAxes)
-        axes.text(1.01, height, label, **look)
+        words = label.replace(":", "\n", 1)
+        if ends[label] > limit:
+            words += f"\nends at {short(ends[label])}"
+        look = dict(color=styles[label]["color"], fontsize=10, va="center", transform=axes.transAxes)
+        axes.text(1.02, height, words, **look)
 
 
 def spread(heights, gap):
@@ -656,15 +636,16 @@ def plot_map(record):
     return figure
 
 
+def short(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def write_cells(axes, drift, share):
     """Write drift and share of the gain into each cell, and the knobs at the edges."""
     rows, columns = drift.shape
     for row, column in itertools.product(range(rows), range(columns)):
         value = drift.iloc[row, column]
-        number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        words = f"{number}\n{share.iloc[row, column]:.0%}"
-        if math.isnan(value):
-            words = "not run"
+        words = "not run" if math.isnan(value) else f"{short(value)}\n{share.iloc[row, column]:.0%}"
         axes.text(column, row, words, ha="center", va="center", fontsize=8)
     axes.set_xticks(range(columns), drift.columns.map("{:g}".format))
     axes.set_yticks(range(rows), drift.index.map("{:g}".format))
