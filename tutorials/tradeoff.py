@@ -618,7 +618,7 @@ def plot_map(record):
     figure, panels = new_figure(5.5 * len(found), 4.4, (1, len(found)))
     for axes, (method, own) in zip(panels, found.items(), strict=True):
         drift, share = grid_of(own, summary, "reset_every", "share")
-        look = dict(origin="lower", aspect="auto")
+        look = dict(origin="upper", aspect="auto")
         image = axes.imshow(share, cmap="Blues", alpha=0.6, vmin=0, vmax=1, **look)
         too_far = drift.where(drift > summary["range"][1])
         axes.imshow(too_far, cmap=ListedColormap(["#E69F00"]), **look)
@@ -630,8 +630,8 @@ def plot_map(record):
             xlabel="how far back: the start's share of a reset", ylabel="how often: updates between resets"
         )
         axes.set_title(method, fontsize=10)
-    figure.colorbar(image, ax=panels, label="gain in reward, as a share of the best")
-    words = "in each cell: drift, share of the best gain\norange: the drift is too large to count"
+    figure.colorbar(image, ax=panels, label="gain, of the best one whose drift counts")
+    words = "in each cell: drift; gain, of the best one whose drift counts\norange: drift too large to count"
     figure.supxlabel(words, fontsize=9)
     return figure
 

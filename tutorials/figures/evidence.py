@@ -63,6 +63,7 @@ NEAR_KL_16 = [  # settings of real text with about the same KL
     "ppo-kl:kl_coef=0.01",
     "ppo-kl:kl_coef=0.01, average",
 ]
+BOUNDS = (1.15, 1.25, 1.5, 2)  # of the drift that counts, in multiples of the start's
 FACTORS = {"none": 0, "about a tenth of the best": 0.1, "the best": 1, "about ten times the best": 10}
 
 
@@ -379,6 +380,63 @@ def record_of(task, folder=""):
     return tradeoff.read_record(RESULTS / task / folder)
 
 
+def by_bound():
+    """The area of resets without a penalty in per cent of the penalty's, for other bounds of the drift that
+    counts, and their gain in reward at any drift."""
+    rows = [[f"a drift of at most {bound:g} times the start's"] for bound in BOUNDS]
+    rows.append(["their gain in reward, at whatever drift"])
+    for task in TASKS:
+        summary = record_of(task, RESETS_ALONE)["summary"]
+        low, high = summary["range"]
+        both = [tradeoff.chosen_rows(summary, method) for method in ("elastic-reset", "ppo-kl")]
+        for row, bound in zip(rows, BOUNDS, strict=False):
+            ours, theirs = (mean_area(own, summary["floor"], low, bound * low) for own in both)
+            words = f"{100 * ours / theirs:.0f}"
+            row.append(f"**{words}**" if math.isclose(bound * low, high) else words)
+        gains = [own["reward"].mean() - summary["floor"] for own in both]
+        rows[-1].append(f"{100 * gains[0] / gains[1]:.0f}")
+    return "\n".join(tradeoff.table(["resets without a penalty; 100 is the penalty", *TASKS.values()], rows))
+
+
+def mean_area(own, floor, low, high):
+    """The mean over the seeds of a setting's area, with another bound."""
+    areas = []
+    for drift, reward in zip(own["drift"], own["reward"], strict=True):
+        areas.append(tradeoff.area_under_front([drift], [reward], floor, low, high))
+    return sum(areas) / len(areas)
+
+
+def first_table(summaries):
+    """README's table: what resets and the baselines that cost nothing reach, in per cent of the tuned
+    penalty's area, with 95 per cent intervals where they were run together with it."""
+    rows = [
+        ["resets without a penalty, period and share chosen"],
+        ["resets without a penalty, share of the start 0.11 to 0.13"],
+        ["plain PPO, mixed with the start at the end"],
+        ["tuned KL penalty, mixed with the start at the end"],
+    ]
+    for task, summary in summaries.items():
+        table = in_per_cent(summary)
+        best = best_coefficient(summary)
+        none = table.loc[0.0]
+        low, high = alone_interval(task)
+        mixed = "ppo-kl, mixed with the start"
+        cells = [f"**{alone_in_per_cent(task):.0f}** ({low:.0f} to {high:.0f})"]
+        cells += [f"{value:.0f}" for value in (none[BOTH], none[mixed], table.loc[best][mixed])]
+        for row, text in zip(rows, cells, strict=True):
+            row.append(text)
+    names = ["trade-off of reward and drift; 100 is a tuned KL penalty", *TASKS.values()]
+    return "\n".join(tradeoff.table(names, rows))
+
+
+def alone_interval(task):
+    """The 95 per cent interval of alone_in_per_cent()."""
+    summary = record_of(task, RESETS_ALONE)["summary"]
+    ours, theirs = (tradeoff.chosen_rows(summary, method)["area"] for method in ("elastic-reset", "ppo-kl"))
+    _, low, high, _ = tradeoff.difference(ours, theirs)
+    return [100 + 100 * end / theirs.mean() for end in (low, high)]
+
+
 def page_tables():
     """{page of tutorials/results: {name: table}}"""
     found, again = records(), records("confirmation")
@@ -387,7 +445,8 @@ def page_tables():
     reviews = record_of("reviews")["summary"]
     pages["reviews"] = dict(few=real_text(reviews, NEAR_KL_16), all=real_text(reviews))
     pages["README"] = dict(choice=choice_table(found), training=training_table())
-    pages["README"] |= {"rivals": rivals(found), "rivals again": rivals(again)}
+    pages["README"] |= {"rivals": rivals(found), "rivals again": rivals(again), "bounds": by_bound()}
+    pages["../../README"] = dict(first=first_table(found))
     return pages
 
 
