@@ -82,14 +82,16 @@ def settings_of(summary, method):
     return {coef: rows.droplevel("setting") for coef, rows in own.groupby("kl_coef")}
 
 
-def in_per_cent(summary):
+def in_per_cent(summary, number="mean"):
     """The area of each KL coefficient in per cent of the tuned penalty's: a row per coefficient, a column for
-    the penalty alone, with resets, and for the best mixture with the start."""
+    the penalty alone, with resets, and for the best mixture with the start. `number`: the mean over the
+    seeds, or sem, its standard error."""
     tuned_penalty = tradeoff.chosen_rows(summary, "ppo-kl")["area"].mean()
     columns = {}
     for method in COMPARED:
-        areas = rows_of(summary, method).groupby(["kl_coef", "setting"])["area"].mean()
-        columns[method] = 100 * areas.groupby("kl_coef").max() / tuned_penalty
+        areas = rows_of(summary, method).groupby(["kl_coef", "setting"])["area"].agg(["mean", "sem"])
+        best = areas["mean"].groupby("kl_coef").idxmax()
+        columns[method] = 100 * areas.loc[best].droplevel("setting")[number] / tuned_penalty
     return pandas.DataFrame(columns)
 
 
@@ -122,12 +124,14 @@ def alone_in_per_cent(task):
 def draw_choice(axes, summary, alone):
     """A line for each method, and a star for resets alone. The coefficient 0 stands left of the others."""
     table = in_per_cent(summary)
+    errors = in_per_cent(summary, "sem")
     multiples = table.index / best_coefficient(summary)
     zero = min(multiples[multiples > 0]) / 3
     for method, values in table.items():
         known = values.notna().to_numpy()
         places = [place or zero for place in multiples[known]]
-        axes.plot(places, values[known], **COMPARED[method], markersize=6)
+        look = COMPARED[method] | dict(markersize=6, elinewidth=0.8)
+        axes.errorbar(places, values[known], errors[method][known], **look)
     look = dict(color=BLUE, marker="*", markersize=15, linestyle="")
     axes.plot(zero, alone, **look, label="resets alone, period and share chosen", zorder=4)
     axes.set_xscale("log")
