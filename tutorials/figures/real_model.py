@@ -1,0 +1,166 @@
+"""Draws real_model.png and prints the tables of tutorials/results/real_model.md from its record.
+
+    python tutorials/figures/real_model.py                     # draw and print
+    python tutorials/figures/real_model.py --samples RUNS      # first copy texts of the runs in RUNS
+
+The record is in tutorials/results/real_model. compare.py has made it in RUNS, its --output_dir."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from elastic_reset import write_text  # noqa: E402
+from tutorials import tradeoff  # noqa: E402
+
+RECORD = HERE.parent / "results" / "real_model"
+COLUMNS = {  # of the table
+    "reward": "reward",
+    "kl": "KL to the start",
+    "largest_kl": "largest KL",
+    "human_perplexity": "perplexity of human reviews",
+    "distinct_2": "different pairs of words",
+}
+KINDS = {  # {words: how a setting of it is drawn}
+    "plain PPO": dict(color="#D55E00", marker="s"),
+    "plain PPO, mixed with the start": dict(color="#D55E00", marker="s", fillstyle="none", linestyle=":"),
+    "KL penalty": dict(color="#009E73", marker="^"),
+    "KL penalty, mixed with the start": dict(color="#009E73", marker="^", fillstyle="none", linestyle=":"),
+    "resets": dict(color="#0072B2", marker="o", linestyle=""),
+    "resets with a KL penalty": dict(color="#0072B2", marker="o", linestyle="", fillstyle="none"),
+}
+SHOWN = 3  # prompts whose texts the page has, the first ones of those to evaluate on
+
+
+def kind_of(setting):
+    """The words for a setting's kind."""
+    label, _, afterwards = setting.partition(", ")
+    method, own = tradeoff.split_label(label)
+    resets = method == "elastic-reset"
+    penalty = method == "ppo-kl" or (resets and own["kl_coef"] != "0")
+    if resets:
+        return "resets with a KL penalty" if penalty else "resets"
+    name = "KL penalty" if penalty else "plain PPO"
+    return f"{name}, mixed with the start" if afterwards.startswith("eta") else name
+
+
+def ends_of(record):
+    """The table of what each setting delivers, a row for each setting and seed, with the largest KL of any
+    evaluation. Plain PPO that is stopped early is left out."""
+    largest = {}
+    for label, runs in record["runs"].items():
+        setting = tradeoff.without(("average", "mixtures"), label)
+        for seed, history in runs.items():
+            kls = [line["kl"] for line in tradeoff.during_training(history)]
+            largest[setting, int(seed)] = max(kls)
+    ends = record["summary"]["ends"]
+    ends = ends[[" at " not in setting for setting in ends.index.get_level_values("setting")]].copy()
+    keys = [(setting.partition(", ")[0], seed) for setting, seed in ends.index]
+    ends["largest_kl"] = [largest[key] for key in keys]
+    return ends
+
+
+def table(record):
+    """A row for the start and for each setting, means with standard errors where there are several seeds."""
+    start = record["summary"]["start"] | dict(largest_kl=0.0)
+    rows = [["start", *(rounded(start[name]) for name in COLUMNS)]]
+    for setting, own in ends_of(record).groupby("setting", sort=False):
+        rows.append([setting, *(cell(own[name]) for name in COLUMNS)])
+    return "\n".join(tradeoff.table(["setting", *COLUMNS.values()], rows))
+
+
+def cell(values):
+    mean, error = tradeoff.mean_and_error(values)
+    return f"{rounded(mean)} ± {rounded(error, mean)}" if len(values) > 1 else rounded(mean)
+
+
+def rounded(number, size=None):
+    """To as many digits as are worth having of a number of this size."""
+    size = abs(number if size is None else size)
+    return f"{number:,.{0 if size >= 100 else 1 if size >= 3 else 3}f}"
+
+
+def picture(record):
+    """Reward against KL to the start, on a scale of square roots: what each setting delivers and, as a line,
+    the way of plain PPO."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    means = ends_of(record).groupby("setting", sort=False)[["reward", "kl"]].mean()
+    start = record["summary"]["start"]
+    for words, look in KINDS.items():
+        own = means[[kind_of(setting) == words for setting in means.index]].sort_values("kl")
+        if words == "plain PPO":
+            own = way_of(record, "ppo")
+        axes.plot(own["kl"], own["reward"], **look, markersize=7, label=words)
+    axes.plot(0, start["reward"], "k*", markersize=13)
+    axes.annotate("start", (0, start["reward"]), (10, -4), textcoords="offset points")
+    axes.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root**2))
+    axes.set_xticks([0, 1, 5, 10, 20, 30, 40, 50])
+    axes.set(xlabel="KL to the start, in nats per response", ylabel="reward")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def way_of(record, label):
+    """Reward and KL of a run's evaluations, means over the seeds."""
+    runs = next(
+        own
+        for name, own in record["runs"].items()
+        if tradeoff.without(("average", "mixtures"), name) == label
+    )
+    return (
+        tradeoff.over_updates(runs, "kl")[["mean"]]
+        .rename(columns=dict(mean="kl"))
+        .assign(reward=tradeoff.over_updates(runs, "reward")["mean"])
+    )
+
+
+def copy_samples(runs, settings):
+    """Write samples.json: the texts of some settings for the first prompts, with the smallest seed."""
+    texts = {}
+    for setting in settings:
+        folder = runs / setting.replace(":", ",")
+        text = (sorted(folder.glob("seed*"))[0] / "samples.md").read_text(encoding="utf-8")
+        prompts = re.findall(r"^- prompt: (.*)$", text, re.MULTILINE)
+        before = re.findall(r"^- continuation: (.*)$", text, re.MULTILINE)
+        after = re.findall(r"^- continuation, \*\*.*?\*\*: (.*)$", text, re.MULTILINE)
+        texts["prompt"] = prompts[:SHOWN]
+        texts["start"] = before[:SHOWN]
+        texts[setting] = after[:SHOWN]
+    write_text(RECORD / "samples.json", json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
+
+
+def sample_tables():
+    """For each prompt a table of how the start and the settings continue it."""
+    texts = json.loads((RECORD / "samples.json").read_text(encoding="utf-8"))
+    tables = []
+    for i, prompt in enumerate(texts.pop("prompt")):
+        rows = [
+            [name, own[i].strip().replace("|", "\\|").replace("<", "&lt;")] for name, own in texts.items()
+        ]
+        tables.append("\n".join(tradeoff.table([f"*{prompt}* ...", "continuation"], rows)))
+    return tables
+
+
+def page_tables():
+    """{name: table} of tutorials/results/real_model.md"""
+    tables = dict(settings=table(tradeoff.read_record(RECORD)))
+    return tables | {f"sample {i}": text for i, text in enumerate(sample_tables())}
+
+
+if __name__ == "__main__":
+    flags = argparse.ArgumentParser("real_model.py", description=__doc__.partition("\n")[0])
+    flags.add_argument("--samples", metavar="RUNS", type=Path, help="copy texts of the runs in RUNS first")
+    flags.add_argument("--settings", default="", help="whose texts, a comma between them")
+    given = flags.parse_args()
+    if given.samples:
+        copy_samples(given.samples, given.settings.split(","))
+    picture(tradeoff.read_record(RECORD)).savefig(HERE / "real_model.png", dpi=200)
+    for name, text in page_tables().items():
+        print(f"\n{name}\n{text}")
