@@ -111,6 +111,17 @@ def test_the_evidence_is_drawn_from_the_records():
         assert words in (RESULTS / "README.md").read_text(encoding="utf-8"), task
 
 
+def test_the_page_of_the_real_model_is_read_from_its_record():
+    from tutorials.figures import real_model
+
+    text = (RESULTS / "real_model.md").read_text(encoding="utf-8")
+    for name, table in real_model.page_tables().items():
+        assert table in text, name
+    record = real_model.tradeoff.read_record(real_model.RECORD)
+    labels = [line.get_label() for line in real_model.picture(record).axes[0].lines]
+    assert labels[: len(real_model.KINDS)] == [*real_model.KINDS]
+
+
 def run_py(*words, folder):
     command = [sys.executable, str(ROOT / "tutorials" / "run.py"), *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
