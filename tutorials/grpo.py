@@ -9,7 +9,6 @@ Every --reset_every steps, and just after each reset, the policy is evaluated on
 evaluations.json (the lines that are printed), log.json (what the trainer logs at each step) and checkpoints.
 With --resume it goes on from the last checkpoint in DIR."""
 
-import argparse
 import json
 import resource
 import sys
@@ -20,16 +19,8 @@ from transformers import ProgressCallback, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elastic_reset
-from elastic_reset import (
-    ElasticResetCallback,
-    MockSentiment,
-    configure,
-    respond,
-    response_inputs,
-    response_logprobs,
-    write_text,
-)
-from tutorials.real_model import REVIEWS
+from elastic_reset import ActorCritic, ElasticResetCallback, MockSentiment, configure, write_text
+from tutorials.real_model import REVIEWS, new_parser
 
 
 class Evaluations(TrainerCallback):
@@ -50,38 +41,25 @@ class Evaluations(TrainerCallback):
         if state.global_step % self.every == 0:
             self.evaluate(state.global_step)
 
-    @torch.no_grad()
     def evaluate(self, step):
         task = self.task
-        elastic = self.averages.elastic
-        prompts = task.validation_prompts
+        model = ActorCritic(task.policy, min_response_length=task.config.min_response_length)
         was_training = task.policy.training
         task.policy.eval()
         with torch.random.fork_rng():  # the trainer draws the same numbers as without an evaluation
-            torch.manual_seed(0)
-            batch, texts = respond(task.policy, task.tokenizer, prompts, **task.config.sampling)
-        logprobs = masked_logprobs(task.policy, batch)
-        with elastic.holding(elastic.init):
-            start_logprobs = masked_logprobs(task.policy, batch)
+            metrics = elastic_reset.evaluate(task, model, self.averages.elastic, task.config)
         task.policy.train(was_training)
-        rewards = task.reward(prompts, texts)
-        reward = sum(rewards) / len(rewards)
-        kl = (logprobs - start_logprobs).sum(1).mean().item()
-        self.lines.append(dict(step=step, event=self.event, reward=reward, kl=kl, samples=texts[:3]))
-        print(f"step {step} {self.event}: reward {reward:.3f}, KL {kl:.2f}")
+        line = dict(step=step, event=self.event)
+        line |= {name: metrics[name] for name in ("reward", "kl", "human_perplexity")}
+        line["samples"] = metrics["samples"]["continuation"][:3]
+        self.lines.append(line)
+        print(f"step {step} {self.event}: reward {line['reward']:.3f}, KL {line['kl']:.2f}")
 
 
 class Bar(ProgressCallback):
     """The trainer's progress bar, without a line for each step: these go to log.json."""
 
     on_log = TrainerCallback.on_log
-
-
-def masked_logprobs(policy, batch):
-    """Compute the log-probabilities of responses, (batch, response), 0 behind their end."""
-    responses = batch["responses"]
-    inputs = response_inputs(policy, batch["input_ids"], batch["attention_mask"], responses)
-    return torch.where(batch["mask"], response_logprobs(policy, inputs, responses), 0.0)
 
 
 def train(args):
@@ -152,13 +130,7 @@ def train(args):
 
 
 def parse(argv):
-    flags = argparse.ArgumentParser(
-        "grpo.py",
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    flags = new_parser("grpo.py", __doc__)
     add = flags.add_argument
     add("folder", metavar="FOLDER", type=Path, help="with policy and classifier, made by real_model.py")
     add("--output_dir", metavar="DIR", type=Path, default=Path("runs/grpo"), help="(runs/grpo)")

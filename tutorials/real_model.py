@@ -114,8 +114,9 @@ def accuracy(model, tokenizer, reviews, max_length):
     return (found.cpu() == torch.tensor(labels)).float().mean().item()
 
 
-def commands(folder, args):
+def commands(args):
     """Return the commands that use what was made."""
+    folder = args.folder
     shared = (
         f"--task imdb --model {folder}/policy --language_model {folder}/policy "
         f"--reward_model {folder}/classifier --data {args.reviews} "
@@ -131,14 +132,19 @@ def commands(folder, args):
     )
 
 
-def parse(argv):
-    flags = argparse.ArgumentParser(
-        "real_model.py",
+def new_parser(program, text):
+    """Make a parser of flags whose help begins with a program's own text."""
+    return argparse.ArgumentParser(
+        program,
         usage=argparse.SUPPRESS,
-        description=__doc__,
+        description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def parse(argv):
+    flags = new_parser("real_model.py", __doc__)
     flags.add_argument("folder", metavar="FOLDER", type=Path, help="where policy and classifier go")
     flags.add_argument("--model", default="", help="a decoder, by hub name or folder (SmolLM2-135M-Instruct)")
     flags.add_argument(
@@ -164,7 +170,7 @@ def main(argv=None) -> int:
         args = parse(argv)
         make_policy(args.folder / "policy", args.model)
         make_classifier(args.folder / "classifier", args.folder / "policy", args)
-        print(commands(args.folder, args))
+        print(commands(args))
 
     return elastic_reset.exit_code("real_model.py", work)
 

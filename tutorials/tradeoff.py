@@ -120,6 +120,11 @@ def delivered(record):
     return rows
 
 
+def runs_by_setting(record):
+    """Return {setting: {seed: its evaluations}}. A setting is a label without what comes after training."""
+    return {without(("average", "mixtures"), label): runs for label, runs in record["runs"].items()}
+
+
 def drifts_of(training):
     """Return the largest drift of a run, and that just before the last reset or else at the end."""
     drifts = [line["drift"] for line in training]
@@ -409,10 +414,9 @@ def plot_tradeoff(record):
     draw_front(plane, summary, methods["chosen"])
     wanted = ["ppo", *methods["chosen"]]
     shown = {}
-    for label, runs in record["runs"].items():
-        label = without(("average", "mixtures"), label)
-        if label in wanted:
-            shown[method_of(label, {}) if is_baseline(label) else label] = runs
+    for setting, runs in runs_by_setting(record).items():
+        if setting in wanted:
+            shown[method_of(setting, {}) if is_baseline(setting) else setting] = runs
     draw_over_time(over_time, shown, summary["range"])
     plane.set(xlabel=drift_axis(record), ylabel="reward")
     over_time.set(xlabel="update", ylabel=drift_axis(record))
@@ -440,22 +444,22 @@ def draw_front(axes, summary, chosen):
     low, high = summary["range"]
     styles = styles_of(list(chosen.index))
     means = means_of(summary["ends"])
-    for method, best in chosen.items():
+    for method, setting in chosen.items():
         style = styles[method] | dict(linewidth=1.5)
         own = curve(means[means["method"] == method])
         axes.plot(own["drift"], own["reward"], **style, markersize=4)
-        point = means.loc[best]
+        point = means.loc[setting]
         place = point["drift"], point["reward"], point["reward_error"], point["drift_error"]
         axes.errorbar(*place, **style | dict(linestyle="", markersize=10))
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
-    shown = means[means["method"].isin(chosen.index) & (means["drift"] <= high)]
-    rewards = [*shown["reward"], *means.loc[chosen, "reward"]]
-    top = max(rewards)
-    bottom = min(summary["floor"] + 0.5 * (top - summary["floor"]), *means.loc[chosen, "reward"])
+    best = means.loc[chosen]
+    counting = means[means["method"].isin(chosen.index) & (means["drift"] <= high)]
+    top = max([*counting["reward"], *best["reward"]])
+    half = summary["floor"] + 0.5 * (top - summary["floor"])
+    bottom = min([half, *best["reward"]])
     margin = 0.06 * (top - bottom or 1)
-    drifts = means.loc[chosen, "drift"]
-    right = max(high, *drifts) + 0.15 * (high - low)
-    axes.set_xlim(min(low, *drifts) - 0.05 * (high - low), right)
+    right = max([high, *best["drift"]]) + 0.15 * (high - low)
+    axes.set_xlim(min([low, *best["drift"]]) - 0.05 * (high - low), right)
     axes.set_ylim(bottom - margin, top + margin)
     axes.axvspan(high, right, facecolor="none", edgecolor="0.8", hatch="//", zorder=0)
     axes.set_title(f"hatched: beyond {high / low:.3g} times the start's drift", fontsize=11)

@@ -113,12 +113,17 @@ def picture(summaries):
     return figure
 
 
-def alone_in_per_cent(task):
-    """The area of resets without a penalty, with the period and share that the map chose, in per cent of the
-    tuned penalty's in the same record."""
+def alone_and_penalty(task):
+    """The rows of resets without a penalty, with the period and share that the map chose, and of the tuned
+    penalty in the same record."""
     summary = record_of(task, RESETS_ALONE)["summary"]
-    areas = [tradeoff.chosen_rows(summary, method)["area"].mean() for method in ("elastic-reset", "ppo-kl")]
-    return 100 * areas[0] / areas[1]
+    return [tradeoff.chosen_rows(summary, method) for method in ("elastic-reset", "ppo-kl")]
+
+
+def alone_in_per_cent(task):
+    """The area of resets without a penalty in per cent of the tuned penalty's."""
+    alone, penalty = alone_and_penalty(task)
+    return 100 * alone["area"].mean() / penalty["area"].mean()
 
 
 def draw_choice(axes, summary, alone):
@@ -177,11 +182,8 @@ def while_it_trains(record, method, coef):
     just after a reset."""
     rows = rows_of(record["summary"], method)
     setting = rows[rows["kl_coef"] == coef].index.unique("setting").item()
-    runs = {}
-    for label, own in record["runs"].items():
-        runs[tradeoff.without(("average", "mixtures"), label)] = own
     drifts = {}
-    for seed, history in runs[setting].items():
+    for seed, history in tradeoff.runs_by_setting(record)[setting].items():
         lines = pandas.DataFrame(tradeoff.during_training(history)[1:])
         drifts[seed] = lines[lines["event"] != "after reset"]["drift"].mean()
     return pandas.Series(drifts)
@@ -392,7 +394,7 @@ def by_bound():
     for task in TASKS:
         summary = record_of(task, RESETS_ALONE)["summary"]
         low, high = summary["range"]
-        both = [tradeoff.chosen_rows(summary, method) for method in ("elastic-reset", "ppo-kl")]
+        both = alone_and_penalty(task)
         for row, bound in zip(rows, BOUNDS, strict=False):
             ours, theirs = (mean_area(own, summary["floor"], low, bound * low) for own in both)
             words = f"{100 * ours / theirs:.0f}"
@@ -435,10 +437,9 @@ def first_table(summaries):
 
 def alone_interval(task):
     """The 95 per cent interval of alone_in_per_cent()."""
-    summary = record_of(task, RESETS_ALONE)["summary"]
-    ours, theirs = (tradeoff.chosen_rows(summary, method)["area"] for method in ("elastic-reset", "ppo-kl"))
-    _, low, high, _ = tradeoff.difference(ours, theirs)
-    return [100 + 100 * end / theirs.mean() for end in (low, high)]
+    alone, penalty = alone_and_penalty(task)
+    _, low, high, _ = tradeoff.difference(alone["area"], penalty["area"])
+    return [100 + 100 * end / penalty["area"].mean() for end in (low, high)]
 
 
 def page_tables():

@@ -11,12 +11,14 @@ import re
 import sys
 from pathlib import Path
 
+import pandas
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from elastic_reset import write_text  # noqa: E402
 from tutorials import tradeoff  # noqa: E402
+from tutorials.figures.evidence import rounded, short  # noqa: E402
 
 RECORD = HERE.parent / "results" / "real_model"
 COLUMNS = {  # of the table
@@ -53,8 +55,7 @@ def ends_of(record):
     """The table of what each setting delivers, a row for each setting and seed, with the largest KL of any
     evaluation. Plain PPO that is stopped early is left out."""
     largest = {}
-    for label, runs in record["runs"].items():
-        setting = tradeoff.without(("average", "mixtures"), label)
+    for setting, runs in tradeoff.runs_by_setting(record).items():
         for seed, history in runs.items():
             kls = [line["kl"] for line in tradeoff.during_training(history)]
             largest[setting, int(seed)] = max(kls)
@@ -68,21 +69,10 @@ def ends_of(record):
 def table(record):
     """A row for the start and for each setting, means with standard errors where there are several seeds."""
     start = record["summary"]["start"] | dict(largest_kl=0.0)
-    rows = [["start", *(rounded(start[name]) for name in COLUMNS)]]
+    rows = [["start", *(rounded(start[name], start[name]) for name in COLUMNS)]]
     for setting, own in ends_of(record).groupby("setting", sort=False):
-        rows.append([setting, *(cell(own[name]) for name in COLUMNS)])
+        rows.append([setting, *(short(own[name]) for name in COLUMNS)])
     return "\n".join(tradeoff.table(["setting", *COLUMNS.values()], rows))
-
-
-def cell(values):
-    mean, error = tradeoff.mean_and_error(values)
-    return f"{rounded(mean)} ± {rounded(error, mean)}" if len(values) > 1 else rounded(mean)
-
-
-def rounded(number, size=None):
-    """To as many digits as are worth having of a number of this size."""
-    size = abs(number if size is None else size)
-    return f"{number:,.{0 if size >= 100 else 1 if size >= 3 else 3}f}"
 
 
 def picture(record):
@@ -107,18 +97,10 @@ def picture(record):
     return figure
 
 
-def way_of(record, label):
-    """Reward and KL of a run's evaluations, means over the seeds."""
-    runs = next(
-        own
-        for name, own in record["runs"].items()
-        if tradeoff.without(("average", "mixtures"), name) == label
-    )
-    return (
-        tradeoff.over_updates(runs, "kl")[["mean"]]
-        .rename(columns=dict(mean="kl"))
-        .assign(reward=tradeoff.over_updates(runs, "reward")["mean"])
-    )
+def way_of(record, setting):
+    """Reward and KL of a setting's evaluations, means over the seeds."""
+    runs = tradeoff.runs_by_setting(record)[setting]
+    return pandas.DataFrame({name: tradeoff.over_updates(runs, name)["mean"] for name in ("kl", "reward")})
 
 
 def copy_samples(runs, settings):
