@@ -1,4 +1,4 @@
-"""tutorials/compare.py and tradeoff.py: numbers by hand, recorded comparisons, runs in processes."""
+"""compare.py, tradeoff.py and pictures.py: numbers by hand, recorded comparisons, runs in processes."""
 
 import itertools
 import json
@@ -18,22 +18,24 @@ from hypothesis import strategies as st
 from elastic_reset import configure, parse_flags
 from tutorials import compare as program
 from tutorials.compare import evaluation_of, expanded, finished, main, to_argv
-from tutorials.tradeoff import (
-    KNOBS,
+from tutorials.pictures import (
     STYLES,
-    area_under_front,
-    difference,
     drawn_methods,
-    mean_and_error,
-    method_of,
     over_updates,
     plot_basin,
     plot_choice,
     plot_map,
     plot_tradeoff,
-    split_label,
     spread,
     styles_of,
+)
+from tutorials.tradeoff import (
+    KNOBS,
+    area_under_front,
+    difference,
+    mean_and_error,
+    method_of,
+    split_label,
     summary_text,
     tradeoff,
 )

@@ -76,9 +76,9 @@ def test_a_penalty_in_the_paper_s_game_needs_a_coefficient(method):
 
 
 def test_a_method_has_one_colour_everywhere():
-    from tutorials import tradeoff
+    from tutorials import pictures
 
-    known = {color for color, _ in [*tradeoff.STYLES.values(), *tradeoff.SPARE]}
+    known = {color for color, _ in [*pictures.STYLES.values(), *pictures.SPARE]}
     for path in CHAPTERS:
         assert {*re.findall(r"#[0-9A-F]{6}", path.read_text(encoding="utf-8"))} <= known, path.name
 

@@ -54,7 +54,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elastic_reset
 from elastic_reset import configure, parse_flags, write_text
-from tutorials.tradeoff import join_label, read_record, split_label, tradeoff, without, write_results
+from tutorials.pictures import write_pictures
+from tutorials.tradeoff import join_label, read_record, split_label, summary_text, tradeoff, without
 
 GRACE = 30  # seconds that a run has to end its update and save a checkpoint when the comparison is stopped
 
@@ -99,6 +100,14 @@ def compare(labels, seeds, jobs, shared, command=(), chosen=None):
     )
     write_text(folder / "tradeoff.json", json.dumps(record))
     return write_results(record | dict(summary=tradeoff(record)), folder)
+
+
+def write_results(record, folder):
+    """Write the pictures and summary.md of a record. Returns the summary."""
+    write_pictures(record, folder)
+    text = summary_text(record)
+    write_text(folder / "summary.md", text)
+    return text
 
 
 def expanded(methods):

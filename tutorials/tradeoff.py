@@ -1,4 +1,4 @@
-"""What a comparison says: the numbers, tables and pictures of a record that compare.py has made.
+"""What a comparison says: the numbers and tables of a record that compare.py has made.
 
     from tutorials import tradeoff
 
@@ -10,7 +10,6 @@ A record, tradeoff.json, has every evaluation of every run, {label: {seed: [eval
 settings of each label. A label is a method with settings of its own, as ppo-kl:kl_coef=0.1. All settings
 that differ in KNOBS only are one method."""
 
-import itertools
 import json
 import math
 import re
@@ -19,14 +18,18 @@ from pathlib import Path
 import pandas
 from scipy import stats
 
-from elastic_reset import write_text, written_whole
-
 # =============================================== The numbers ================================================
 
 # The settings along which a method is one. The share is how far back a reset goes: ema_decay ** reset_every.
 KNOBS = ["kl_coef", "learning_rate", "reset_every", "share"]
 # Up to which drift a model counts, as a multiple of the start's. In qa pass@1 breaks down beyond.
 WORST = dict(qa=1.15)  # in other tasks 1.5
+# What drift is measured in.
+UNITS = dict(
+    translation="nats per token of human English",
+    imdb="perplexity under another language model",
+    qa="perplexity of human answers",
+)
 
 
 def split_label(label):
@@ -235,42 +238,6 @@ def read_record(folder):
         raise ValueError(f"{path} is no record of a comparison ({error!r})") from error
 
 
-def write_results(record, folder):
-    """Write summary.md and the pictures. Returns the summary."""
-    ends = record["summary"]["ends"]
-    along = {  # {picture: the knobs that a method must have several values of}
-        plot_tradeoff: [],
-        plot_choice: ["kl_coef"],
-        plot_basin: ["kl_coef", "learning_rate"],
-        plot_map: ["reset_every", "share"],
-    }
-    for plot, knobs in along.items():
-        path = folder / f"{plot.__name__.removeprefix('plot_')}.png"
-        if knobs and not methods_along(ends, *knobs):
-            path.unlink(missing_ok=True)  # of a comparison that had more settings
-            continue
-        with written_whole(path) as aside:
-            plot(record).savefig(aside, format="png", dpi=200)
-    text = summary_text(record)
-    write_text(folder / "summary.md", text)
-    return text
-
-
-def methods_along(ends, *knobs):
-    """Return the methods that have at least two values of each of these knobs and one of each other, {method:
-    its rows}."""
-    found = {}
-    for method, own in ends.groupby("method", sort=False):
-        if set(varied(own)) == set(knobs):
-            found[method] = own
-    return found
-
-
-def varied(own):
-    """List the knobs that a method has several values of."""
-    return [name for name in (*KNOBS, "eta") if name in own and own[name].nunique() > 1]
-
-
 def summary_text(record):
     """Write summary.md: a row per method, a row per setting."""
     summary = record["summary"]
@@ -346,310 +313,3 @@ def interval(ours, theirs):
     mean, low, high, verdict = difference(ours, theirs)
     ends = "" if math.isnan(low) else f" [{low:+.3g}, {high:+.3g}]"
     return f"{verdict}: {mean:+.3g}{ends}"
-
-
-# =============================================== The pictures ===============================================
-
-STYLES = {  # a method's colour, which the colour-blind tell apart, and its marker, which is left in grey
-    "elastic-reset": ("#0072B2", "o"),
-    "ppo": ("#D55E00", "s"),
-    "ppo-kl": ("#009E73", "^"),
-    "reinforce": ("#CC79A7", "D"),
-    "fixed-sender": ("#666666", "X"),
-    "reset-init": ("#56B4E9", "P"),
-    "reset-ema": ("#E69F00", "v"),
-    "ema-reference": ("#882255", "p"),
-}
-SPARE = [("#000000", "<"), ("#332288", ">"), ("#999933", "h"), ("#AA4499", "d")]  # of methods unknown here
-VARIANTS = [("-", "full"), ("--", "none"), (":", "left"), ("-.", "top")]  # line and filling
-UNITS = dict(
-    translation="nats per token of human English",
-    imdb="perplexity under another language model",
-    qa="perplexity of human answers",
-)
-
-
-def styles_of(names):
-    """Return {name: its style}. A method has the same colour and marker in every picture. Lines and fillings
-    tell apart what has the same method but other settings."""
-    methods = [re.split("[:,]| and ", name)[0] for name in names]
-    others = [method for method in dict.fromkeys(methods) if method not in STYLES]
-    known = STYLES | dict(zip(others, itertools.cycle(SPARE), strict=False))
-    styles = {}
-    for i, name in enumerate(names):
-        color, marker = known[methods[i]]
-        line, filling = VARIANTS[methods[:i].count(methods[i]) % len(VARIANTS)]
-        styles[name] = dict(color=color, marker=marker, linestyle=line, fillstyle=filling)
-    return styles
-
-
-def new_figure(width, height, rows_and_columns=(1, 1)):
-    """Make a figure. Returns it, and its panels as a list."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(*rows_and_columns, squeeze=False).flat)
-
-
-def drift_axis(record):
-    """Name a drift axis. All methods of a record have the same task."""
-    return f"drift ({UNITS[next(iter(record['configs'].values()))['task']]})"
-
-
-def means_of(ends):
-    """Return a row for each setting: means over the seeds, and standard errors as reward_error."""
-    grouped = ends.groupby("setting", sort=False)
-    means = grouped.mean(numeric_only=True)
-    errors = grouped[["reward", "drift"]].sem().fillna(0.0)  # a single seed has none
-    return means.join(errors.add_suffix("_error")).join(grouped["method"].first())
-
-
-def plot_tradeoff(record):
-    """Draw reward against drift, a curve per method over its settings, the chosen one large; and, right, the
-    drift of the chosen settings and of plain PPO over the updates. Means with standard errors. Of more than
-    three methods only drawn_methods() are there; the tables have all."""
-    summary = record["summary"]
-    methods = summary["methods"].loc[drawn_methods(summary)]
-    figure, (plane, over_time) = new_figure(9, 4.6, (1, 2))
-    draw_front(plane, summary, methods["chosen"])
-    wanted = ["ppo", *methods["chosen"]]
-    shown = {}
-    for setting, runs in runs_by_setting(record).items():
-        if setting in wanted:
-            shown[method_of(setting, {}) if is_baseline(setting) else setting] = runs
-    draw_over_time(over_time, shown, summary["range"])
-    plane.set(xlabel=drift_axis(record), ylabel="reward")
-    over_time.set(xlabel="update", ylabel=drift_axis(record))
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=11)
-    return figure
-
-
-def drawn_methods(summary):
-    """List the methods of a picture: all, or of more than three the best with resets, the best without, and
-    the best of what is made of a run's weights at its end."""
-    methods = summary["methods"]
-    if len(methods) <= 3:
-        return list(methods.index)
-    areas = summary["ends"].groupby("setting")["area"].mean()
-    best = {}
-    for method in methods["chosen"].map(areas).sort_values(ascending=False).index:
-        kind = "at the end" if ", " in method else "resets" if "reset" in method else "none"
-        best.setdefault(kind, method)
-    return list(best.values())
-
-
-def draw_front(axes, summary, chosen):
-    """Draw the curves of some methods, given as {method: its chosen setting}. The panel has the upper half of
-    the gain in reward, and the drift that counts; beyond stands a hatched strip."""
-    low, high = summary["range"]
-    styles = styles_of(list(chosen.index))
-    means = means_of(summary["ends"])
-    for method, setting in chosen.items():
-        style = styles[method] | dict(linewidth=1.5)
-        own = curve(means[means["method"] == method])
-        axes.plot(own["drift"], own["reward"], **style, markersize=4)
-        point = means.loc[setting]
-        place = point["drift"], point["reward"], point["reward_error"], point["drift_error"]
-        axes.errorbar(*place, **style | dict(linestyle="", markersize=10))
-        axes.plot([], [], **style, markersize=7, label=method)  # for the legend
-    best = means.loc[chosen]
-    counting = means[means["method"].isin(chosen.index) & (means["drift"] <= high)]
-    top = max([*counting["reward"], *best["reward"]])
-    half = summary["floor"] + 0.5 * (top - summary["floor"])
-    bottom = min([half, *best["reward"]])
-    margin = 0.06 * (top - bottom or 1)
-    right = max([high, *best["drift"]]) + 0.15 * (high - low)
-    axes.set_xlim(min([low, *best["drift"]]) - 0.05 * (high - low), right)
-    axes.set_ylim(bottom - margin, top + margin)
-    axes.axvspan(high, right, facecolor="none", edgecolor="0.8", hatch="//", zorder=0)
-    axes.set_title(f"hatched: beyond {high / low:.3g} times the start's drift", fontsize=11)
-    arrow = dict(arrowprops=dict(arrowstyle="->", color="0.4"), color="0.4", ha="center", fontsize=11)
-    axes.annotate("better", (0.5, 0.5), (0.65, 0.35), "axes fraction", **arrow)
-
-
-def curve(own):
-    """Return those of a method's settings that a line joins: all, where only one knob varies; else those
-    that no other one beats in both reward and drift."""
-    if len(varied(own)) == 1:
-        return own.sort_values(varied(own))
-    own = own.sort_values(["drift", "reward"], ascending=[True, False])
-    best_before = own["reward"].cummax().shift(fill_value=-math.inf)
-    return own[own["reward"] > best_before]
-
-
-def over_updates(runs, name):
-    """Return the metric's mean over the seeds and its standard error, a row for each evaluation."""
-    columns = {}
-    for seed, history in runs.items():
-        training = during_training(history)
-        columns[seed] = [line[name] for line in training]
-    seeds = pandas.DataFrame(columns)
-    updates = [line["update"] for line in training]
-    error = seeds.sem(axis=1).fillna(0.0)
-    return pandas.DataFrame(dict(update=updates, mean=seeds.mean(axis=1), error=error))
-
-
-def draw_over_time(axes, runs_of, counting):
-    """Draw drift over the updates, up to twice the range that counts. A curve that ends beyond says where."""
-    low, high = counting
-    limit = low + 2 * (high - low)
-    styles = styles_of(list(runs_of))
-    ends = {}
-    for label, runs in runs_of.items():
-        drift = over_updates(runs, "drift")
-        update = drift["update"]
-        mean = drift["mean"]
-        look = styles[label] | dict(linewidth=1.5, markersize=4)
-        axes.plot(update, mean, **look)
-        band = dict(color=look["color"], alpha=0.15, linewidth=0)
-        axes.fill_between(update, mean - drift["error"], mean + drift["error"], **band)
-        ends[label] = mean.iloc[-1]
-    bottom = min(low, *ends.values()) - 0.1 * (high - low)
-    axes.set_ylim(bottom, limit)
-    labels = sorted(ends, key=ends.get)
-    heights = spread([(ends[label] - bottom) / (limit - bottom) for label in labels], 0.17)
-    for label, height in zip(labels, heights, strict=True):
-        words = label.replace(":", "\n", 1)
-        if ends[label] > limit:
-            words += f"\nends at {short(ends[label])}"
-        look = dict(color=styles[label]["color"], fontsize=10, va="center", transform=axes.transAxes)
-        axes.text(1.02, height, words, **look)
-
-
-def spread(heights, gap):
-    """Move ascending heights to at least `gap` from each other and to at most 1 - gap / 2."""
-    heights = list(heights)
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    top = 1 - gap / 2
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], top)
-        top -= gap
-    return heights
-
-
-def plot_choice(record):
-    """Draw reward and drift against the KL coefficient, a line per method; 0 stands left of the others."""
-    from matplotlib.ticker import NullFormatter
-
-    summary = record["summary"]
-    figure, panels = new_figure(11, 4.6, (1, 2))
-    styles = styles_of(summary["methods"].index)
-    found = {}
-    for method, own in methods_along(summary["ends"], "kl_coef").items():
-        found[method] = with_zero(own, method, summary)
-    values = pandas.concat(found.values())["kl_coef"].unique()
-    zero = min(values[values > 0]) / 3
-    for axes, name in zip(panels, ("reward", "drift"), strict=True):
-        for method, own in found.items():
-            means = means_of(own).sort_values("kl_coef")
-            places = means["kl_coef"].replace(0.0, zero)
-            look = styles[method] | dict(label=method, markersize=5, linewidth=1.2)
-            axes.errorbar(places, means[name], means[f"{name}_error"], **look)
-        axes.set(xscale="log", xlabel="KL coefficient", ylabel=name)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        if 0.0 in values:
-            axes.set_xticks([zero, *axes.get_xticks()[1:-1]])
-            axes.set_xticklabels(["0", *(f"{tick:g}" for tick in axes.get_xticks()[1:])])
-        axes.set_xlim(zero / 1.5, 1.5 * max(values))
-    low = summary["start"]["drift"]
-    drift = panels[1]
-    drift.axhline(low, color="0.4", linewidth=1, zorder=0)
-    drift.annotate("start", (1.5 * max(values), low), (4, -3), textcoords="offset points", color="0.4")
-    if drift.get_ylim()[1] > 5 * low:
-        drift.set_yscale("log", nonpositive="clip")
-    drift.set_ylabel(drift_axis(record))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    return figure
-
-
-def with_zero(own, method, summary):
-    """Return a method's rows and, where it has a penalty, those of the same method without one."""
-    ends = summary["ends"]
-    alone = ends[ends["method"] == method.removesuffix(" and a penalty")]
-    if method.endswith(" and a penalty") and alone.index.unique("setting").size == 1:
-        return pandas.concat([alone, own])
-    return own
-
-
-def grid_of(own, summary, row, column):
-    """Return two tables of a method's means, drift and the share of the best gain in reward, with a row for
-    each value of one knob and a column for each of another."""
-    means = means_of(own)
-    gain = means["reward"] - summary["floor"]
-    means["kept"] = gain / best_gain(summary)
-    drift = means.pivot(index=row, columns=column, values="drift")
-    return drift, means.pivot(index=row, columns=column, values="kept")
-
-
-def best_gain(summary):
-    """Return the best gain in reward of all settings that end with a drift that counts."""
-    means = means_of(summary["ends"])
-    counts = means["drift"] <= summary["range"][1]
-    return means["reward"][counts].max() - summary["floor"]
-
-
-def plot_basin(record):
-    """Draw a map per method, learning rate by KL coefficient, with each cell's drift and its share of the
-    best gain in reward. Cells with nine tenths of that gain and a drift that counts end well."""
-    from matplotlib.colors import ListedColormap
-
-    summary = record["summary"]
-    found = methods_along(summary["ends"], "kl_coef", "learning_rate")
-    figure, panels = new_figure(4.2 * len(found), 4, (1, len(found)))
-    colors = ListedColormap(["#FFFFFF", "#A9C3E0", "#E69F00"])
-    for axes, (method, own) in zip(panels, found.items(), strict=True):
-        drift, share = grid_of(own, summary, "learning_rate", "kl_coef")
-        failure = (share < 0.9).astype(int)
-        failure = failure.mask(drift > summary["range"][1], 2).mask(drift.isna())
-        axes.imshow(failure, origin="lower", cmap=colors, vmin=-0.5, vmax=2.5, aspect="auto")
-        write_cells(axes, drift, share)
-        axes.set(xlabel="KL coefficient", ylabel="learning rate")
-        well = int((failure == 0).sum().sum())
-        axes.set_title(f"{method}\n{well} of {drift.count().sum()} cells end well", fontsize=10)
-    figure.supxlabel("blue: too little gain; orange: too much drift", fontsize=9)
-    return figure
-
-
-def plot_map(record):
-    """Draw a map per method, how far back a reset goes by how often. Blue: the share of the best gain in
-    reward that is kept. Orange: the drift is too large to count."""
-    from matplotlib.colors import ListedColormap
-
-    summary = record["summary"]
-    found = methods_along(summary["ends"], "reset_every", "share")
-    updates = next(iter(record["configs"].values()))["updates"]
-    figure, panels = new_figure(5.5 * len(found), 4.4, (1, len(found)))
-    for axes, (method, own) in zip(panels, found.items(), strict=True):
-        drift, share = grid_of(own, summary, "reset_every", "share")
-        look = dict(origin="upper", aspect="auto")
-        image = axes.imshow(share, cmap="Blues", alpha=0.6, vmin=0, vmax=1, **look)
-        too_far = drift.where(drift > summary["range"][1])
-        axes.imshow(too_far, cmap=ListedColormap(["#E69F00"]), **look)
-        write_cells(axes, drift, share)
-        words = {updates: "\nonce, at the end"}
-        rows = [f"{every:g}{words.get(every, '')}" for every in drift.index]
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set(
-            xlabel="how far back: the start's share of a reset", ylabel="how often: updates between resets"
-        )
-        axes.set_title(method, fontsize=10)
-    figure.colorbar(image, ax=panels, label="gain, of the best one whose drift counts")
-    words = "in each cell: drift; gain, of the best one whose drift counts\norange: drift too large to count"
-    figure.supxlabel(words, fontsize=9)
-    return figure
-
-
-def short(value):
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def write_cells(axes, drift, share):
-    """Write drift and share of the gain into each cell, and the knobs at the edges."""
-    rows, columns = drift.shape
-    for row, column in itertools.product(range(rows), range(columns)):
-        value = drift.iloc[row, column]
-        words = "not run" if math.isnan(value) else f"{short(value)}\n{share.iloc[row, column]:.0%}"
-        axes.text(column, row, words, ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(columns), drift.columns.map("{:g}".format))
-    axes.set_yticks(range(rows), drift.index.map("{:g}".format))

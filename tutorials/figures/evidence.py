@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from tutorials import tradeoff  # noqa: E402
+from tutorials import pictures, tradeoff  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
@@ -42,7 +42,7 @@ ALONE_WORDS = {
     "elastic-reset, mixed with the start": "resets alone, mixed with the start",
 }
 ALONE_WORDS |= {method: words for method, words in WORDS.items() if method.startswith("ppo-kl")}
-BLUE, GREEN = tradeoff.STYLES["elastic-reset"][0], tradeoff.STYLES["ppo-kl"][0]
+BLUE, GREEN = pictures.STYLES["elastic-reset"][0], pictures.STYLES["ppo-kl"][0]
 COMPARED = {  # {method: its line in the picture}
     "ppo-kl": dict(label="KL penalty alone", color=GREEN, marker="^"),
     BOTH: dict(label="KL penalty and resets", color=BLUE, marker="o"),

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from elastic_reset import write_text  # noqa: E402
-from tutorials import tradeoff  # noqa: E402
+from tutorials import pictures, tradeoff  # noqa: E402
 from tutorials.figures.evidence import rounded, short  # noqa: E402
 
 RECORD = HERE.parent / "results" / "real_model"
@@ -100,7 +100,7 @@ def picture(record):
 def way_of(record, setting):
     """Reward and KL of a setting's evaluations, means over the seeds."""
     runs = tradeoff.runs_by_setting(record)[setting]
-    return pandas.DataFrame({name: tradeoff.over_updates(runs, name)["mean"] for name in ("kl", "reward")})
+    return pandas.DataFrame({name: pictures.over_updates(runs, name)["mean"] for name in ("kl", "reward")})
 
 
 def copy_samples(runs, settings):

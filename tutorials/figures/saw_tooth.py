@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import elastic_reset  # noqa: E402
 from elastic_reset import TranslationGame, configure, train  # noqa: E402
-from tutorials.tradeoff import STYLES  # noqa: E402
+from tutorials.pictures import STYLES  # noqa: E402
 
 METHODS = {"ppo": "PPO", "elastic-reset": "PPO with Elastic Reset"}
 SEED = 101  # of 100 to 102, the one in which PPO's drift is between those of the others
