@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from elastic_reset import write_text  # noqa: E402
 from tutorials import pictures, tradeoff  # noqa: E402
-from tutorials.figures.evidence import rounded, short  # noqa: E402
+from tutorials.figures.evidence import short  # noqa: E402
 
 RECORD = HERE.parent / "results" / "real_model"
 COLUMNS = {  # of the table
@@ -66,10 +66,17 @@ def ends_of(record):
     return ends
 
 
+def starts_of(record):
+    """The table of the evaluations before training, a row for each seed."""
+    runs = next(iter(record["runs"].values()))
+    starts = pandas.DataFrame([history[0] for history in runs.values()])
+    return starts.assign(largest_kl=0.0)
+
+
 def table(record):
     """A row for the start and for each setting, means with standard errors where there are several seeds."""
-    start = record["summary"]["start"] | dict(largest_kl=0.0)
-    rows = [["start", *(rounded(start[name], start[name]) for name in COLUMNS)]]
+    starts = starts_of(record)
+    rows = [["start", *(short(starts[name]) for name in COLUMNS)]]
     for setting, own in ends_of(record).groupby("setting", sort=False):
         rows.append([setting, *(short(own[name]) for name in COLUMNS)])
     return "\n".join(tradeoff.table(["setting", *COLUMNS.values()], rows))
@@ -81,14 +88,14 @@ def picture(record):
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     means = ends_of(record).groupby("setting", sort=False)[["reward", "kl"]].mean()
-    start = record["summary"]["start"]
+    start = starts_of(record)["reward"].mean()
     for words, look in KINDS.items():
         own = means[[kind_of(setting) == words for setting in means.index]].sort_values("kl")
         if words == "plain PPO":
             own = way_of(record, "ppo")
         axes.plot(own["kl"], own["reward"], **look, markersize=7, label=words)
-    axes.plot(0, start["reward"], "k*", markersize=13)
-    axes.annotate("start", (0, start["reward"]), (10, -4), textcoords="offset points")
+    axes.plot(0, start, "k*", markersize=13)
+    axes.annotate("start", (0, start), (10, -4), textcoords="offset points")
     axes.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root**2))
     axes.set_xticks([0, 1, 5, 10, 20, 30, 40, 50])
     axes.set(xlabel="KL to the start, in nats per response", ylabel="reward")
