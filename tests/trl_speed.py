@@ -4,13 +4,14 @@
 
 installs TRL 1.12.0 (the last with PPO, in trl.experimental.ppo) into a virtual environment of its own, which
 later calls use again, with the torch and the transformers of the Python that runs this program. It then
-measures, in rounds, our train() with a value head, our train() with a value model (as TRL has) and TRL.
+measures, in rounds, our train() with a value head, our train() with a value model (as TRL has) and TRL. With
+--model FOLDER it measures with the decoder in FOLDER, else with a small GPT-2 of each --vocabulary.
 
-All three do the same work: they sample 64 responses of exactly 32 tokens to prompts of 16 tokens, score them
-by counting tokens, and make 4 passes over them, in 2 minibatches each. Model, precision, loss, learning rate
-and KL coefficient are the same. Each program's own ways stay as they are. TRL takes the log-probabilities of
-the sampled tokens from generate() and has a reference model. Ours takes them from a forward pass, runs the
-reference with weights that it keeps anyway, clips the gradient and keeps the EMA.
+All three do the same work: they sample --batch responses of exactly 32 tokens to prompts of 16 tokens, score
+them by counting tokens, and make 4 passes over them, in 2 minibatches each. Model, precision, loss, learning
+rate and KL coefficient are the same. Each program's own ways stay as they are. TRL takes the
+log-probabilities of the sampled tokens from generate() and has a reference model. Ours takes them from a
+forward pass, runs the reference with weights that it keeps anyway, clips the gradient and keeps the EMA.
 
 Each measurement is a process of its own, so that its peak of memory is its own. The first update is not
 counted. Speed is in response tokens a second, sampling included. The figures are medians over the rounds.
@@ -35,7 +36,7 @@ from pathlib import Path
 TRL = "1.12.0"
 SHARED = "torch transformers accelerate tokenizers numpy".split()  # of one version on either side
 
-BATCH, PROMPT, RESPONSE, EPOCHS, MINIBATCHES = 64, 16, 32, 4, 2
+PROMPT, RESPONSE, EPOCHS, MINIBATCHES = 16, 32, 4, 2
 PAD, EOS = 0, 1
 GPT2 = dict(n_positions=PROMPT + RESPONSE, n_embd=256, n_layer=4, n_head=4)
 GPT2 |= dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
@@ -49,8 +50,9 @@ PROGRAMS = {"head": "ours, value head", "model": "ours, value model", "trl": f"T
 def main():
     args = flags()
     if args.measure:
-        figures = measure(args.measure, args.vocabulary[0], args.updates, args.threads, args.file)
-        return print(json.dumps(figures))
+        return print(json.dumps(measure(args.measure, args.vocabulary[0], args)))
+    if args.model:
+        args.vocabulary = [language_model(0, args).config.vocab_size]
     pythons = dict.fromkeys(PROGRAMS, sys.executable) | dict(trl=trl_python(args.environment))
     cases = list(itertools.product(args.vocabulary, PROGRAMS))
     runs = {case: [] for case in cases}
@@ -60,7 +62,8 @@ def main():
     print(table(results))
     if args.json:
         about = dict(versions=versions(*SHARED), trl=TRL, threads=args.threads, updates=args.updates)
-        about |= dict(gpt2=GPT2, batch=BATCH, prompt=PROMPT, minibatches=MINIBATCHES, settings=SETTINGS)
+        about |= dict(batch=args.batch, prompt=PROMPT, minibatches=MINIBATCHES, settings=SETTINGS)
+        about["model"] = str(args.model) if args.model else GPT2
         args.json.write_text(json.dumps(about | dict(results=results), indent=2) + "\n")
 
 
@@ -71,6 +74,12 @@ def flags():
     add("--file", type=Path, default=here.parents[1] / "elastic_reset.py", help="what to measure of ours")
     add("--environment", type=Path, default=cache / "elastic_reset" / f"trl-{TRL}", help="TRL's folder")
     add("--vocabulary", type=int, nargs="+", default=[2000, 32000], help="sizes to measure with")
+    add(
+        "--model",
+        type=Path,
+        help="a folder with the decoder to measure with, with the vocabulary that it has",
+    )
+    add("--batch", type=int, default=64, help="responses of an update")
     add("--rounds", type=int, default=3, help="measurements of each program")
     add("--updates", type=int, default=4, help="PPO updates counted in a measurement")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads that torch uses")
@@ -98,7 +107,9 @@ def versions(*packages):
 def measured_apart(python, program, vocabulary, args):
     """What measure() returns in a process of that Python, on the CPU."""
     words = ["--measure", program, "--vocabulary", vocabulary, "--updates", args.updates]
-    words += ["--threads", args.threads, "--file", args.file.resolve()]
+    words += ["--threads", args.threads, "--file", args.file.resolve(), "--batch", args.batch]
+    if args.model:
+        words += ["--model", args.model.resolve()]
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
     command = [python, __file__, *map(str, words)]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,17 +140,18 @@ def table(results):
 # What follows runs in the measuring processes.
 
 
-def measure(program, vocabulary, updates, threads, file):
-    """Response tokens a second, and the peak of memory in MB, of `updates` updates after a first one."""
+def measure(program, vocabulary, args):
+    """Response tokens a second, and the peak of memory in MB, of --updates updates after a first one."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     tokenizer(8), gpt2(8)  # transformers imports late
-    run = ready_trl() if program == "trl" else ready_ours(file, separate_value_model=program == "model")
+    run = ready_trl(args) if program == "trl" else ready_ours(args, separate_value_model=program == "model")
     imported, clock = peak_memory(), Clock()
-    run(vocabulary, updates + 2, clock)
-    seconds = [end - start for start, end in itertools.pairwise(clock.times)][1 : updates + 1]
-    figures = dict(speed=updates * BATCH * RESPONSE / sum(seconds), seconds=seconds, peak=clock.peak)
+    run(vocabulary, args.updates + 2, clock)
+    seconds = [end - start for start, end in itertools.pairwise(clock.times)][1 : args.updates + 1]
+    speed = args.updates * args.batch * RESPONSE / sum(seconds)
+    figures = dict(speed=speed, seconds=seconds, peak=clock.peak)
     return figures | dict(above_imports=clock.peak - imported, rewards=clock.rewards)
 
 
@@ -169,6 +181,20 @@ def gpt2(vocabulary, kind="GPT2LMHeadModel", **settings):
     return getattr(transformers, kind)(config)
 
 
+def language_model(vocabulary, args, kind="GPT2LMHeadModel", auto="AutoModelForCausalLM", **settings):
+    """The decoder of --model, with the padding and end of our tokenizer, or else a small GPT-2."""
+    import torch
+    import transformers
+
+    if not args.model:
+        return gpt2(vocabulary, kind, **settings)
+    torch.manual_seed(0)
+    ends = dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None)
+    model = getattr(transformers, auto).from_pretrained(args.model, dtype=torch.float32, **ends, **settings)
+    model.generation_config = transformers.GenerationConfig(**ends)
+    return model
+
+
 def tokenizer(vocabulary):
     """A word is w and its token's number."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -186,18 +212,18 @@ def prompts(n, vocabulary, seed):
     return [[rng.randrange(3, vocabulary, 2) for _ in range(PROMPT)] for _ in range(n)]
 
 
-def ready_ours(file, **settings):
+def ready_ours(args, **settings):
     import accelerate  # noqa: F401  train() would import it itself, after the memory of imports is taken
 
-    sys.path.insert(0, str(file.parent))
-    elastic_reset = importlib.import_module(file.stem)
+    sys.path.insert(0, str(args.file.parent))
+    elastic_reset = importlib.import_module(args.file.stem)
 
     def run(vocabulary, updates, clock):
-        own = settings | dict(batch_size=BATCH, mini_batch_size=BATCH // MINIBATCHES)
+        own = settings | dict(batch_size=args.batch, mini_batch_size=args.batch // MINIBATCHES)
         own |= dict(min_response_length=RESPONSE)  # no EOS before it
         own |= dict(updates=updates, eval_every=updates, save_every=updates, output_dir="run")
         config = elastic_reset.configure(method="ppo-kl", **SETTINGS, **own)
-        elastic_reset.train(config, task=Counting(vocabulary, clock))
+        elastic_reset.train(config, task=Counting(vocabulary, clock, args))
 
     return run
 
@@ -207,9 +233,9 @@ class Counting:
 
     validation_prompts = ["w3 w5"]
 
-    def __init__(self, vocabulary, clock):
+    def __init__(self, vocabulary, clock, args):
         self.vocabulary, self.clock = vocabulary, clock
-        self.policy, self.tokenizer = gpt2(vocabulary), tokenizer(vocabulary)
+        self.policy, self.tokenizer = language_model(vocabulary, args), tokenizer(vocabulary)
 
     def prompts(self, n, update):
         self.clock.look()
@@ -226,7 +252,7 @@ class Counting:
         return dict(reward=0.0, drift=0.0)
 
 
-def ready_trl():
+def ready_trl(args):
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -262,16 +288,17 @@ def ready_trl():
         plain = dict(bf16=False, gradient_checkpointing=False, use_cpu=True, output_dir="run")
         plain |= dict(report_to="none", save_strategy="no", disable_tqdm=True, num_sample_generations=0)
         plain |= dict(lr_scheduler_type="constant", weight_decay=0.0, num_mini_batches=MINIBATCHES)
-        plain |= dict(per_device_train_batch_size=BATCH, local_rollout_forward_batch_size=BATCH)
-        plain |= dict(total_episodes=BATCH * updates)
-        rows = [row for update in range(updates) for row in prompts(BATCH, vocabulary, update)]
+        plain |= dict(per_device_train_batch_size=args.batch, local_rollout_forward_batch_size=args.batch)
+        plain |= dict(total_episodes=args.batch * updates)
+        rows = [row for update in range(updates) for row in prompts(args.batch, vocabulary, update)]
+        kind = dict(kind="GPT2ForSequenceClassification", auto="AutoModelForSequenceClassification")
         trainer = PPOTrainer(
             args=PPOConfig(**plain, **SETTINGS),
             processing_class=tokenizer(vocabulary),
-            model=gpt2(vocabulary),
+            model=language_model(vocabulary, args),
             ref_model=None,  # a copy of the model
             reward_model=CountingModel(),
-            value_model=gpt2(vocabulary, "GPT2ForSequenceClassification", num_labels=1),
+            value_model=language_model(vocabulary, args, **kind, num_labels=1),
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             callbacks=[Watch(clock)],
         )
