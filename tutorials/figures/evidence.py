@@ -416,7 +416,7 @@ def first_table(summaries):
     """README's table: what resets and the baselines that cost nothing reach, in per cent of the tuned
     penalty's area, with 95 per cent intervals where they were run together with it."""
     rows = [
-        ["resets without a penalty, period and share chosen"],
+        ["resets without a penalty, period and share chosen (QA: only the share)"],
         ["resets without a penalty, share of the start 0.11 to 0.13"],
         ["plain PPO, mixed with the start at the end"],
         ["tuned KL penalty, mixed with the start at the end"],
