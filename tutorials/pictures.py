@@ -296,7 +296,7 @@ def spread(heights, gap):
 def plot_choice(record):
     """Draw reward and drift against the KL coefficient, a line per method; 0 stands left of the others."""
     summary = record["summary"]
-    figure, panels = new_figure(11, 4.6, columns=2)
+    figure, panels = new_figure(8.5, 4.4, columns=2)
     styles = styles_of(summary["methods"].index)
     found = {}
     for method, own in methods_along(summary["ends"], "kl_coef").items():
@@ -325,7 +325,7 @@ def plot_choice(record):
         drift.set_yscale("log", nonpositive="clip")
     drift.set_ylabel(drift_axis(record))
     handles, labels = drift.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     return figure
 
 

@@ -102,14 +102,15 @@ def best_coefficient(summary):
 
 def picture(summaries):
     """The trade-off in per cent against the KL coefficient as a multiple of the best one."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     panels = figure.subplots(1, len(TASKS), sharey=True)
     for axes, (task, summary) in zip(panels, summaries.items(), strict=True):
         draw_choice(axes, summary, alone_in_per_cent(task))
-        axes.set(title=TASKS[task], xlabel="KL coefficient, as a multiple of the best")
+        axes.set_title(TASKS[task])
+    figure.axes[1].set_xlabel("KL coefficient, as a multiple of the best")  # of all three
     figure.axes[0].set_ylabel("trade-off (100: tuned KL penalty)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     return figure
 
 
@@ -140,7 +141,7 @@ def draw_choice(axes, summary, alone):
     look = dict(color=BLUE, marker="*", markersize=15, linestyle="")
     axes.plot(zero, alone, **look, label="resets alone, period and share chosen", zorder=4)
     axes.set_xscale("log")
-    ticks = [tick for tick in (0.01, 0.1, 1, 10) if tick > 1.5 * zero]
+    ticks = [tick for tick in (0.01, 0.1, 1, 10) if tick > 4 * zero]
     axes.set_xticks([zero, *ticks], ["none", *(f"{tick:g}" for tick in ticks)])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="0.7", linestyle=":", zorder=0)
