@@ -11,9 +11,11 @@ be given again, also with more seeds or methods. OUTPUT_DIR (default runs/TASK/c
     tradeoff.json   every evaluation of every run
     summary.md      the tables: mean +- standard error over the seeds, differences with 95 per cent intervals
     tradeoff.png    left, reward against drift; right, drift over the updates
-    choice.png      reward and drift against the KL coefficient, if a method has several
-    basin.png       which learning rates and KL coefficients end well, if a method has several of both
-    map.png         how often and how far back to reset, if a method has several of both
+    choice.png      reward and drift against the KL coefficient
+    basin.png       which learning rates and KL coefficients end well
+    map.png         how often and how far back to reset
+
+The last three are drawn for methods that have several of these values and differ in nothing else.
 
 A method may have settings of its own, behind colons. A setting with several values, divided by |, stands for
 as many methods. What a file of --config says, a method overrides. What other flags say, all methods share.
@@ -36,7 +38,7 @@ It needs pandas and scipy: pip install '.[compare]'"""
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -55,7 +57,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elastic_reset
 from elastic_reset import configure, parse_flags, write_text
 from tutorials.pictures import write_pictures
-from tutorials.tradeoff import join_label, read_record, split_label, summary_text, tradeoff, without
+from tutorials.tradeoff import (
+    join_label,
+    method_of,
+    read_record,
+    split_label,
+    summary_text,
+    tradeoff,
+    without,
+)
 
 GRACE = 30  # seconds that a run has to end its update and save a checkpoint when the comparison is stopped
 
@@ -64,24 +74,27 @@ GRACE = 30  # seconds that a run has to end its update and save a checkpoint whe
 
 
 def compare(labels, seeds, jobs, shared, command=(), chosen=None):
-    """Train every method on every seed, unless that is done, and write the files. Returns the summary.
+    """Train every method on every seed, unless that is done, and write the files. Returns the text of
+    summary.md.
 
     `labels`: methods as in --methods. `shared`: the flags that all of them share, a list of words. `chosen`:
     {method: the setting that was chosen for it before}. Raises ValueError for settings that cannot be used,
     ChildProcessError when runs failed, KeyboardInterrupt when asked to stop."""
     given = parse_flags(shared)
     task = given.get("task", "missing")
-    first = given.get("seed", 0)
-    if task not in elastic_reset.TASKS:
+    first = first_seed(given)
+    if task not in list(elastic_reset.TASKS):
         raise ValueError(f"--task is {task}; expected one of {', '.join(elastic_reset.TASKS)}")
     if "method" in given:
         raise ValueError("--method or --config names a single method; expected --methods alone to name them")
     if not all(labels) or len(set(labels)) < len(labels):
         raise ValueError(f"--methods {','.join(labels)}: expected different ones, such as ppo,elastic-reset")
-    folder = Path(given.get("output_dir") or f"runs/{task}/compare")
+    folder = Path(str(given.get("output_dir") or f"runs/{task}/compare"))
     runs = {}
     for label, seed in itertools.product(labels, range(first, first + seeds)):
         runs[label, seed] = settings_of(label, seed, shared, folder)
+    check_folders(runs)
+    check_chosen(runs, chosen or {})
     run_all([config for config, _ in runs.values()], jobs)
     configs = {}
     histories = {label: {} for label in labels}
@@ -103,11 +116,40 @@ def compare(labels, seeds, jobs, shared, command=(), chosen=None):
 
 
 def write_results(record, folder):
-    """Write the pictures and summary.md of a record. Returns the summary."""
-    write_pictures(record, folder)
+    """Write summary.md and the pictures of a record. Returns the text of summary.md."""
     text = summary_text(record)
     write_text(folder / "summary.md", text)
+    write_pictures(record, folder)
     return text
+
+
+def first_seed(given):
+    """Return the seed of the first run."""
+    seed = given.get("seed", 0)
+    if type(seed) is not int:
+        raise ValueError(f"--seed is {seed!r}; expected a whole number")
+    return seed
+
+
+def check_folders(runs):
+    """Raise ValueError if two labels would train in the same folder."""
+    owners = {}
+    for (label, _), (config, _) in runs.items():
+        owner = owners.setdefault(config.output_dir, label)
+        if owner != label:
+            raise ValueError(f"--methods {owner} and {label} have the same folder, {config.output_dir}")
+
+
+def check_chosen(runs, chosen):
+    """Raise ValueError if a setting that was chosen elsewhere is none of those that will be trained. What
+    is made of a run when it has ended, or before, is known only later."""
+    planned = {}
+    for (label, _), (config, _) in runs.items():
+        setting = without(("average", "mixtures"), label)
+        planned.setdefault(method_of(setting, asdict(config)), []).append(setting)
+    for method, settings in planned.items():
+        if chosen.get(method, settings[0]) not in settings:
+            raise ValueError(f"--tuned_on chose {chosen[method]}, which is not among --methods")
 
 
 def expanded(methods):
@@ -133,6 +175,8 @@ def settings_of(label, seed, shared, folder):
     place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))
     if not file:
         share = own.pop("share", "")
+        if share and "ema_decay" in own:
+            raise ValueError(f"--methods {label}: share sets ema_decay; expected one of the two")
         given = parse_flags([*shared, *to_argv(own), f"--method={method}"]) | place
         if share:
             given["ema_decay"] = decay_of(share, label, configure(**given))
@@ -149,8 +193,10 @@ def settings_of(label, seed, shared, folder):
 
 def events_of(average, mixtures, label):
     """Return what is evaluated after a run, {event: eta}."""
-    if not re.fullmatch(r"\d\d?", mixtures) or average not in ("0", "1"):
-        raise ValueError(f"--methods {label}: mixtures is {mixtures}; expected 0 to 99, and average 0 or 1")
+    if not re.fullmatch(r"\d\d?", mixtures):
+        raise ValueError(f"--methods {label}: mixtures is {mixtures}; expected 0 to 99")
+    if average not in ("0", "1"):
+        raise ValueError(f"--methods {label}: average is {average}; expected 0 or 1")
     events = {}
     for k in range(1, int(mixtures) + 1):
         eta = round(k / (int(mixtures) + 1), 2)
@@ -172,12 +218,21 @@ def decay_of(share, label, config):
 
 
 def program_at(file):
-    """Import the program of a method that is not one of elastic_reset.py's."""
+    """Import the program of a method that is not one of elastic_reset.py's. Its path is the module's name,
+    because programs in two folders may have the same one."""
     path = Path(file).resolve()
-    if not path.is_file():
-        raise ValueError(f"--methods: there is no {file}")
-    sys.path.append(str(path.parent))
-    return importlib.import_module(path.stem)
+    name = str(path)
+    if not path.is_file() or path.suffix != ".py":
+        raise ValueError(f"--methods: there is no program {file}")
+    if name not in sys.modules:
+        sys.path.append(str(path.parent))  # of what it imports
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    program = sys.modules[name]
+    if not (hasattr(program, "parse") and hasattr(program, "configure_baseline")):
+        raise ValueError(f"--methods: {file} has no parse() and configure_baseline(), as baselines.py")
+    return program
 
 
 def run_all(configs, jobs):
@@ -221,6 +276,8 @@ def finished(config):
         last = read_lines(folder / "metrics.jsonl")[-1]
     except (OSError, ValueError, IndexError):
         return False  # if something is wrong there, the run itself will say what
+    if not isinstance(before, dict):
+        return False
     now = json.loads(json.dumps(asdict(config)))
     may_differ = {"output_dir", "resume", "save_every", "report_to"}
     same = {name for name in now if before.get(name) != now[name]} <= may_differ
@@ -341,16 +398,16 @@ def evaluation_of(config):
     task = elastic_reset.TASKS[config.task](config)
     model, _ = elastic_reset.prepare_policy(task.policy, config, elastic_reset.processes())
     elastic = elastic_reset.ElasticReset(model.policy)  # its init is theta_0
-    end = elastic_reset.ElasticReset(model.policy, decay=0.0)
+    trained = elastic_reset.ElasticReset(model.policy, decay=0.0)
     path = Path(config.output_dir) / "checkpoint" / "state.pt"
     saved = torch.load(path, map_location="cpu", weights_only=True)["parts"]
     for name, part in elastic_reset.saved_parts(task, model=model, elastic=elastic).items():
         elastic_reset.load_part(part, saved[name])
-    end.load_state_dict(elastic.state_dict())
-    end.update()  # its average is what was trained
+    trained.load_state_dict(elastic.state_dict())
+    trained.update()  # its average is what was trained
 
     def evaluation(eta):
-        weights = elastic.averaged() if eta is None else end.averaged(start=1 - eta)
+        weights = elastic.averaged() if eta is None else trained.averaged(start=1 - eta)
         with weights:
             metrics = elastic_reset.evaluate(task, model, elastic, config)
         return {name: value for name, value in metrics.items() if name != "samples"}
@@ -396,7 +453,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         own, rest = parser().parse_known_args(argv)
-        if (own.methods is None) == (own.read is None) or (own.read is not None and rest):
+        if (own.methods is None) == (own.read is None) or (own.read is not None and (rest or own.tuned_on)):
             raise ValueError("expected --methods and what its runs need, or --read FOLDER alone")
         if min(own.seeds, own.jobs) < 1:
             raise ValueError(f"--seeds is {own.seeds} and --jobs {own.jobs}; expected 1 or more")
@@ -405,7 +462,7 @@ def main(argv=None) -> int:
         else:
             chosen = {}
             if own.tuned_on:
-                first = parse_flags(rest).get("seed", 0)
+                first = first_seed(parse_flags(rest))
                 chosen = chosen_on(own.tuned_on, range(first, first + own.seeds))
             print(compare(expanded(own.methods), own.seeds, own.jobs, rest, argv, chosen))
         return 0

@@ -61,11 +61,12 @@ def write_pictures(record, folder):
 
 
 def methods_along(ends, *knobs):
-    """Return the methods that have at least two values of each of these knobs and one of each other, {method:
-    its rows}."""
+    """Return the methods that have at least two values of each of these knobs and differ in nothing else,
+    {method: its rows}."""
     found = {}
     for method, own in ends.groupby("method", sort=False):
-        if set(varied(own)) == set(knobs):
+        settings = own.groupby("setting")[list(varied(own))].first()
+        if set(varied(own)) == set(knobs) and not settings.duplicated().any():
             found[method] = own
     return found
 
@@ -77,8 +78,8 @@ def varied(own):
 
 
 def styles_of(names):
-    """Return {name: its style}. A method has the same colour and marker in every picture. Lines and fillings
-    tell apart what has the same method but other settings."""
+    """Return {name: its style}. A method of STYLES has the same colour and marker in every picture. Lines and
+    fillings tell apart what has the same method but other settings."""
     methods = [re.split("[:,]| and ", name)[0] for name in names]
     others = [method for method in dict.fromkeys(methods) if method not in STYLES]
     known = STYLES | dict(zip(others, itertools.cycle(SPARE), strict=False))
@@ -96,6 +97,11 @@ def styles_of(names):
     return styles
 
 
+def record_styles(record):
+    """Return {method: its style}, the same in all pictures of a record. Plain PPO has one of its own."""
+    return styles_of(["ppo", *record["summary"]["methods"].index])
+
+
 def new_figure(width, height, columns=1):
     """Make a figure with panels side by side. Returns it, and its panels as a list."""
     from matplotlib.figure import Figure
@@ -106,13 +112,14 @@ def new_figure(width, height, columns=1):
 
 
 def config_of(record):
-    """Return the settings of a record's first method. All have the same task and number of updates."""
+    """Return the settings of a record's first label. All have the same task."""
     return next(iter(record["configs"].values()))
 
 
 def drift_axis(record):
     """Name a drift axis."""
-    return f"drift ({UNITS[config_of(record)['task']]})"
+    unit = UNITS.get(config_of(record)["task"])
+    return f"drift ({unit})" if unit else "drift"
 
 
 def means_of(ends):
@@ -131,14 +138,17 @@ def plot_tradeoff(record):
     summary = record["summary"]
     methods = summary["methods"].loc[drawn_methods(summary)]
     figure, (plane, over_time) = new_figure(9, 4.6, columns=2)
-    draw_front(plane, summary, methods["chosen"])
-    wanted = ["ppo", *methods["chosen"]]
+    styles = record_styles(record)
+    draw_front(plane, summary, methods["chosen"], styles)
+    method_by_setting = {"ppo": "ppo"} | {setting: method for method, setting in methods["chosen"].items()}
     shown = {}
+    looks = {}
     for setting, runs in runs_by_setting(record).items():
         name = method_of(setting, {}) if is_baseline(setting) else setting
-        if setting in wanted:
+        if setting in method_by_setting:
             shown[name] = runs
-    draw_over_time(over_time, shown, summary["range"])
+            looks[name] = styles[method_by_setting[setting]]
+    draw_over_time(over_time, shown, looks, summary["range"])
     plane.set(xlabel=drift_axis(record), ylabel="reward")
     over_time.set(xlabel="update", ylabel=drift_axis(record))
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=11)
@@ -147,7 +157,7 @@ def plot_tradeoff(record):
 
 def drawn_methods(summary):
     """List the methods of a picture: all, or of more than three the best with resets, the best without, and
-    the best of what is made of a run's weights at its end."""
+    the best of what is made of runs of other methods: averages, mixtures, policies stopped early."""
     methods = summary["methods"]
     if len(methods) <= 3:
         return list(methods.index)
@@ -160,10 +170,9 @@ def drawn_methods(summary):
     return list(best.values())
 
 
-def draw_front(axes, summary, chosen):
+def draw_front(axes, summary, chosen, styles):
     """Draw the curves of some methods, given as {method: its chosen setting}. The panel has the upper half of
     the gain in reward, and the drift that counts; beyond stands a hatched strip."""
-    styles = styles_of(list(chosen.index))
     means = means_of(summary["ends"])
     for method, setting in chosen.items():
         style = styles[method] | dict(linewidth=1.5)
@@ -225,24 +234,24 @@ def curve(own):
 
 
 def over_updates(runs, name):
-    """Return the metric's mean over the seeds and its standard error, a row for each evaluation."""
+    """Return the metric's mean over the seeds and its standard error, a row for each evaluation that all
+    seeds have."""
     columns = {}
     for seed, history in runs.items():
-        training = during_training(history)
-        columns[seed] = [line[name] for line in training]
-    seeds = pandas.DataFrame(columns)
-    means = pandas.DataFrame(dict(update=[line["update"] for line in training]))
-    means["mean"] = seeds.mean(axis=1)
+        training = pandas.DataFrame(during_training(history)).set_index(["update", "event"])
+        columns[seed] = training[name]
+    seeds = pandas.DataFrame(columns).reindex(training.index).dropna()
+    means = pandas.DataFrame(dict(mean=seeds.mean(axis=1)))
     means["error"] = seeds.sem(axis=1).fillna(0.0)
-    return means
+    return means.reset_index()
 
 
-def draw_over_time(axes, runs_of, counting):
+def draw_over_time(axes, runs_of, styles, counting):
     """Draw drift over the updates, up to twice the range that counts. A curve that ends beyond says where."""
     low, high = counting
     limit = low + 2 * (high - low)
-    styles = styles_of(list(runs_of))
     ends = {}
+    least = low
     for label, runs in runs_of.items():
         drift = over_updates(runs, "drift")
         look = styles[label] | dict(linewidth=1.5, markersize=4)
@@ -256,8 +265,8 @@ def draw_over_time(axes, runs_of, counting):
             linewidth=0,
         )
         ends[label] = drift["mean"].iloc[-1]
-    bottom = min(low, *ends.values()) - 0.1 * (high - low)
-    axes.set_ylim(bottom, limit)
+        least = min(least, drift["mean"].min())
+    axes.set_ylim(least - 0.1 * (high - low), limit)
     name_curves(axes, ends, styles)
 
 
@@ -297,7 +306,7 @@ def plot_choice(record):
     """Draw reward and drift against the KL coefficient, a line per method; 0 stands left of the others."""
     summary = record["summary"]
     figure, panels = new_figure(8.5, 4.4, columns=2)
-    styles = styles_of(summary["methods"].index)
+    styles = record_styles(record)
     found = {}
     for method, own in methods_along(summary["ends"], "kl_coef").items():
         found[method] = with_zero(own, method, summary)
@@ -335,7 +344,7 @@ def name_coefs(axes, coefs, zero):
 
     axes.xaxis.set_minor_formatter(NullFormatter())
     if (coefs == 0).any():
-        inner = list(axes.get_xticks()[1:-1])
+        inner = [tick for tick in axes.get_xticks()[1:-1] if tick > 2 * zero]
         axes.set_xticks([zero, *inner])
         others = axes.get_xticks()[1:]
         axes.set_xticklabels(["0", *map("{:g}".format, others)])
@@ -343,11 +352,14 @@ def name_coefs(axes, coefs, zero):
 
 
 def with_zero(own, method, summary):
-    """Return a method's rows and, where it has a penalty, those of the same method without one."""
+    """Return a method's rows and, where it has a penalty, those of the same method without one, if that has
+    been run once, with the same other knobs."""
     ends = summary["ends"]
-    plain = method.removesuffix(" and a penalty")
+    plain = method.replace(" and a penalty", "")
     alone = ends[ends["method"] == plain]
-    if plain != method and alone.index.unique("setting").size == 1:
+    others = [name for name in KNOBS if name in own and name != "kl_coef"]
+    same = all(set(alone[name].dropna()) == set(own[name].dropna()) for name in others)
+    if plain != method and same and alone.index.unique("setting").size == 1:
         return pandas.concat([alone, own])
     return own
 
@@ -356,14 +368,14 @@ def grid_of(own, summary, row, column):
     """Return two tables of a method's means, drift and the share of the best gain in reward, with a row for
     each value of one knob and a column for each of another."""
     means = means_of(own)
-    gain = means["reward"] - summary["floor"]
-    means["kept"] = gain / best_gain(summary)
+    best = best_gain(summary)
+    means["kept"] = (means["reward"] - summary["floor"]) / best if best > 0 else 0.0
     grid = means.pivot(index=row, columns=column)
     return grid["drift"], grid["kept"]
 
 
 def best_gain(summary):
-    """Return the best gain in reward of all settings that end with a drift that counts."""
+    """Return the best gain in reward of all settings that end with a drift that counts, NaN if none does."""
     means = means_of(summary["ends"])
     counts = means["drift"] <= summary["range"][1]
     return means["reward"][counts].max() - summary["floor"]

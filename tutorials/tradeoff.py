@@ -24,6 +24,8 @@ from scipy import stats
 KNOBS = ["kl_coef", "learning_rate", "reset_every", "share"]
 # Up to which drift a model counts, as a multiple of the start's. In qa pass@1 breaks down beyond.
 WORST = dict(qa=1.15)  # in other tasks 1.5
+# What a record says of its making.
+ABOUT = ["command", "commit", "torch"]
 # What drift is measured in.
 UNITS = dict(
     translation="nats per token of human English",
@@ -49,9 +51,11 @@ def join_label(method, own, separator=":"):
 def tradeoff(record):
     """Compute the numbers of a record. Returns
 
-    start: the first evaluation of all runs. range: its drift, and the largest one that counts.
-    floor: the reward from which gains are counted: the start's or, in the game, that of the sender that stays
-        fixed, because what the receiver gains without the policy is not a method's.
+    start: the first evaluation of the first run, which stands for that of all. range: its drift, and the
+        largest one that counts.
+    floor, floor_of: the reward from which gains are counted, and whose it is: the start's or, in the game,
+        that of the sender that stays fixed, because what the receiver gains without the policy is not a
+        method's.
     ends: a row for each setting and seed, see delivered(), with its area, see area_under_front().
     methods: a row for each method: settings (how many), chosen (as given, or that of the largest mean area),
         worst (that of the smallest).
@@ -62,12 +66,16 @@ def tradeoff(record):
     start = next(iter(first_runs.values()))[0]
     task = next(iter(record["configs"].values())).get("task")
     low = start["drift"]
+    if low <= 0:
+        raise ValueError(f"the start's drift is {low}; drift is measured in multiples of it")
     high = WORST.get(task, 1.5) * low
     ends = pandas.DataFrame(delivered(record))
     ends = ends.drop_duplicates(["setting", "seed"]).set_index(["setting", "seed"])
-    floor = start["reward"]
-    if "fixed-sender" in histories:
-        floor = ends.loc["fixed-sender"]["reward"].mean()
+    check_numbers(ends)
+    floor, floor_of = start["reward"], "the start's"
+    fixed = ends[ends["method"].str.fullmatch("fixed-sender(:.*)?")]
+    if len(fixed):
+        floor, floor_of = fixed["reward"].mean(), "the fixed sender's"
 
     def area(rows):
         return area_under_front(rows["drift"], rows["reward"], floor, low, high)
@@ -78,6 +86,7 @@ def tradeoff(record):
     return dict(
         start=start,
         floor=floor,
+        floor_of=floor_of,
         range=[low, high],
         ends=ends,
         methods=methods_of(ends, record.get("chosen", {})),
@@ -85,18 +94,26 @@ def tradeoff(record):
     )
 
 
+def check_numbers(ends):
+    """Raise ValueError if a reward or a drift is no number."""
+    for name in ("reward", "drift"):
+        missing = ends.index[ends[name].isna()]
+        if len(missing):
+            setting, seed = missing[0]
+            raise ValueError(f"{setting}, seed {seed}: {name} is no number")
+
+
 def methods_of(ends, chosen):
     """Tabulate the methods: how many settings each has, the chosen one, whether that was chosen by another
-    record, and the worst one."""
+    record, and the worst one. Where the setting chosen elsewhere was not run, these runs choose."""
     areas = ends.groupby("setting", sort=False)["area"].mean()
     rows = {}
     for method, own in ends.groupby("method", sort=False):
         own = areas[own.index.unique("setting")]
-        choice = chosen.get(method, own.idxmax())
-        if choice not in own:
-            raise ValueError(f"{choice}, chosen for {method}, is not among the settings that were run")
+        elsewhere = chosen.get(method) in own
+        choice = chosen[method] if elsewhere else own.idxmax()
         rows[method] = dict(settings=len(own), chosen=choice, worst=own.idxmin())
-        rows[method]["chosen_elsewhere"] = method in chosen
+        rows[method]["chosen_elsewhere"] = elsewhere
     return pandas.DataFrame.from_dict(rows, orient="index")
 
 
@@ -212,7 +229,7 @@ def mean_and_error(values):
 
 def difference(ours, theirs):
     """Compare two columns by seed. Returns the mean difference, the ends of its 95 per cent interval
-    (Student's t, paired), and a verdict in words. Two seeds give no interval and no verdict."""
+    (Student's t, paired), and a verdict in words. Fewer than three seeds give no interval and no verdict."""
     differences = (ours - theirs).dropna()
     mean = differences.mean()
     if len(differences) < 3:
@@ -233,8 +250,11 @@ def read_record(folder):
     path = Path(folder) / "tradeoff.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in ABOUT if name not in record]
+        if missing:
+            raise KeyError(missing[0])
         return record | dict(summary=tradeoff(record))
-    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path} is no record of a comparison ({error!r})") from error
 
 
@@ -243,12 +263,13 @@ def summary_text(record):
     summary = record["summary"]
     ends = summary["ends"]
     low, high = summary["range"]
-    floor = "the fixed sender's" if "fixed-sender" in record["runs"] else "the start's"
     chosen_by = "runs with other seeds" if record.get("chosen") else "these runs themselves"
+    seeds = f"{'at most ' if is_uneven(ends) else ''}{ends.index.unique('seed').size} seeds"
+    floor = f"{summary['floor']:.4g}, {summary['floor_of']}"
     about = (
-        f"Reward and drift are those of what a setting delivers: mean +- standard error over "
-        f"{ends.index.unique('seed').size} seeds. Its area is its gain in reward over "
-        f"{summary['floor']:.4g}, {floor}, at a drift of at most d, averaged over d from the start's "
+        f"Reward and drift are those of what a setting delivers: mean +- standard error over {seeds}. "
+        f"Its area is its gain in reward over "
+        f"{floor}, at a drift of at most d, averaged over d from the start's "
         f"{low:.4g} to {high / low:.3g} times that, {high:.4g}. A method's area over all settings takes "
         f"the best of them at each d, so it grows with their number. Settings were chosen by {chosen_by}. "
         f"Differences are paired by seed and have 95 per cent intervals (Student's t). These know nothing "
@@ -283,8 +304,14 @@ def methods_table(summary):
     return table([*names, f"area less {first}'s", "worst setting's area"], rows)
 
 
+def is_uneven(ends):
+    """Say whether some settings have more seeds than others."""
+    return ends.groupby("setting").size().nunique() > 1
+
+
 def settings_table(summary):
-    """Return the lines of a table with a row per setting, and one for the start."""
+    """Return the lines of a table with a row per setting, and one for the start. Where some have more seeds
+    than others, their number stands behind the setting's name."""
     start = summary["start"]
     ends = summary["ends"]
     others = [name for name in start if name not in ("update", "event", "reward", "drift", "seconds")]
@@ -292,7 +319,8 @@ def settings_table(summary):
     rows[0] += [f"{start[name]:.4g}" for name in others]
     names = ["reward", "drift", "largest", "before", "area", *others]
     for setting, own in ends.groupby("setting", sort=False):
-        rows.append([setting, *(cell(own[name]) for name in names)])
+        title = f"{setting} (seeds: {len(own)})" if is_uneven(ends) else setting
+        rows.append([title, *(cell(own[name]) for name in names)])
     return table(["setting", *names], rows)
 
 
