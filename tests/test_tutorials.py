@@ -101,7 +101,11 @@ def test_the_animation_marks_what_people_did_not_say_and_draws_a_frame():
 def test_the_evidence_is_drawn_from_the_records():
     from tutorials.figures import evidence
 
-    assert len(evidence.picture(evidence.records()).axes) == 3
+    panels = evidence.picture(evidence.records()).axes
+    for axes, task in zip(panels, evidence.TASKS, strict=True):
+        star = next(line for line in axes.lines if line.get_marker() == "*")
+        assert star.get_ydata() == pytest.approx(evidence.alone_in_per_cent(task))
+        assert all(len(container.lines[0].get_xdata()) > 3 for container in axes.containers)
     for page, tables in evidence.page_tables().items():
         text = (RESULTS / f"{page}.md").read_text(encoding="utf-8")
         for name, table in tables.items():
@@ -118,8 +122,28 @@ def test_the_page_of_the_real_model_is_read_from_its_record():
     for name, table in real_model.page_tables().items():
         assert table in text, name
     record = real_model.tradeoff.read_record(real_model.RECORD)
-    labels = [line.get_label() for line in real_model.picture(record).axes[0].lines]
-    assert labels[: len(real_model.KINDS)] == [*real_model.KINDS]
+    points = {line.get_label(): len(line.get_xdata()) for line in real_model.picture(record).axes[0].lines}
+    assert all(points[words] > 1 for words in real_model.KINDS)
+
+
+def test_texts_stand_under_their_prompts_also_if_one_has_not_changed(tmp_path, monkeypatch):
+    from elastic_reset import samples_text
+    from tutorials.figures import real_model
+
+    monkeypatch.setattr(real_model, "RECORD", tmp_path)
+    start = [dict(prompt=f"prompt {i}", continuation="old") for i in range(4)]
+    end = [
+        row | dict(continuation=text) for row, text in zip(start, ["old", "a|b", "c\n\nd", "e"], strict=True)
+    ]
+    for seed in (9, 10):
+        folder = tmp_path / "ppo-kl,kl_coef=0.1" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "samples.md").write_text(samples_text(start, start if seed == 10 else end, 5))
+    real_model.copy_samples(tmp_path, ["ppo-kl:kl_coef=0.1"])
+    rows = [table.splitlines()[-1] for table in real_model.sample_tables()]
+    assert rows == [f"| ppo-kl:kl_coef=0.1 | {text} |" for text in ("old", "a\\|b", "c / d")]
+    with pytest.raises(ValueError, match="ppo has no finished run"):
+        real_model.copy_samples(tmp_path, ["ppo"])
 
 
 def run_py(*words, folder):

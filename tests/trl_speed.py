@@ -50,7 +50,8 @@ PROGRAMS = {"head": "ours, value head", "model": "ours, value model", "trl": f"T
 def main():
     args = flags()
     if args.measure:
-        return print(json.dumps(measure(args.measure, args.vocabulary[0], args)))
+        print(json.dumps(measure(args.measure, args.vocabulary[0], args)))
+        return
     if args.model:
         args.vocabulary = [language_model(0, args).config.vocab_size]
     pythons = dict.fromkeys(PROGRAMS, sys.executable) | dict(trl=trl_python(args.environment))
@@ -85,7 +86,16 @@ def flags():
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads that torch uses")
     add("--json", type=Path, help="write the figures there")
     add("--measure", choices=PROGRAMS, help="measure that once, in this process (used by the program itself)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (
+        min(args.rounds, args.updates, args.threads) < 1
+        or args.batch < MINIBATCHES
+        or args.batch % MINIBATCHES
+    ):
+        parser.error(
+            f"--rounds, --updates, --threads: expected 1 or more; --batch: a multiple of {MINIBATCHES}"
+        )
+    return args
 
 
 def trl_python(folder):
@@ -96,7 +106,8 @@ def trl_python(folder):
         venv.create(folder, with_pip=True)
     packages = [f"trl=={TRL}"] + [f"{name}=={number}" for name, number in versions(*SHARED).items()]
     install = [programs / "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
-    subprocess.run(install, check=True)  # does nothing when all is there
+    if subprocess.run(install, check=False).returncode:  # does nothing when all is there
+        sys.exit(f"TRL {TRL} cannot be installed into {folder}, see above")
     return programs / "python"
 
 
@@ -149,10 +160,17 @@ def measure(program, vocabulary, args):
     run = ready_trl(args) if program == "trl" else ready_ours(args, separate_value_model=program == "model")
     imported, clock = peak_memory(), Clock()
     run(vocabulary, args.updates + 2, clock)
-    seconds = [end - start for start, end in itertools.pairwise(clock.times)][1 : args.updates + 1]
+    seconds = seconds_of_updates(clock.times, looked_at_ends=program == "trl")[: args.updates]
     speed = args.updates * args.batch * RESPONSE / sum(seconds)
     figures = dict(speed=speed, seconds=seconds, peak=clock.peak)
     return figures | dict(above_imports=clock.peak - imported, rewards=clock.rewards)
+
+
+def seconds_of_updates(times, looked_at_ends):
+    """What each update took, from the second one on. Ours looks at the clock as an update begins, TRL as one
+    ends, so that its first interval is the second update."""
+    intervals = [after - before for before, after in itertools.pairwise(times)]
+    return intervals if looked_at_ends else intervals[1:]
 
 
 class Clock:
@@ -213,6 +231,7 @@ def prompts(n, vocabulary, seed):
 
 
 def ready_ours(args, **settings):
+    """Return run(vocabulary, updates, clock), which trains with our train()."""
     import accelerate  # noqa: F401  train() would import it itself, after the memory of imports is taken
 
     sys.path.insert(0, str(args.file.parent))
@@ -253,6 +272,7 @@ class Counting:
 
 
 def ready_trl(args):
+    """Return run(vocabulary, updates, clock), which trains with TRL's PPOTrainer."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback

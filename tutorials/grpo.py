@@ -6,8 +6,8 @@
 
 The classifier of FOLDER pays, as in `--task imdb`. There is no KL penalty (beta is 0, as by default in TRL).
 Every --reset_every steps, and just after each reset, the policy is evaluated on held-out prompts. DIR gets
-evaluations.json (the lines that are printed), log.json (what the trainer logs at each step) and checkpoints.
-With --resume it goes on from the last checkpoint in DIR."""
+evaluations.json (what was found, with perplexities and the first texts), log.json (what the trainer logs at
+each step) and checkpoints. With --resume it goes on from the last checkpoint in DIR."""
 
 import json
 import resource
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elastic_reset
@@ -26,11 +27,12 @@ from tutorials.real_model import REVIEWS, new_parser
 class Evaluations(TrainerCallback):
     """Evaluates the policy every so many steps: reward, and KL to the start in nats per response."""
 
-    def __init__(self, task, averages, every, lines, event=""):
+    def __init__(self, task, averages, every, lines, path, event=""):
         self.task = task
         self.averages = averages  # an ElasticResetCallback
         self.every = every
         self.lines = lines  # what was found is added there
+        self.path = path  # of the file that keeps the lines
         self.event = event
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -43,16 +45,17 @@ class Evaluations(TrainerCallback):
 
     def evaluate(self, step):
         task = self.task
-        model = ActorCritic(task.policy, min_response_length=task.config.min_response_length)
         was_training = task.policy.training
         task.policy.eval()
         with torch.random.fork_rng():  # the trainer draws the same numbers as without an evaluation
+            model = ActorCritic(task.policy, min_response_length=task.config.min_response_length)
             metrics = elastic_reset.evaluate(task, model, self.averages.elastic, task.config)
         task.policy.train(was_training)
         line = dict(step=step, event=self.event)
         line |= {name: metrics[name] for name in ("reward", "kl", "human_perplexity")}
         line["samples"] = metrics["samples"]["continuation"][:3]
         self.lines.append(line)
+        write_text(self.path, json.dumps(dict(lines=self.lines), indent=1))
         print(f"step {step} {self.event}: reward {line['reward']:.3f}, KL {line['kl']:.2f}")
 
 
@@ -62,11 +65,22 @@ class Bar(ProgressCallback):
     on_log = TrainerCallback.on_log
 
 
+def lines_until_checkpoint(args):
+    """Return the evaluations of an interrupted run up to its last checkpoint."""
+    last = get_last_checkpoint(args.output_dir)
+    if last is None:
+        raise ValueError(f"--resume: there is no checkpoint in {args.output_dir}")
+    step = int(last.rpartition("-")[2])
+    lines = json.loads((args.output_dir / "evaluations.json").read_text(encoding="utf-8"))["lines"]
+    return [line for line in lines if line["step"] <= step]
+
+
 def train(args):
     """Train as the arguments say. Returns the evaluations."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    lines = lines_until_checkpoint(args) if args.resume else []
     config = configure(
         "imdb",
         model=f"{args.folder}/policy",
@@ -86,10 +100,10 @@ def train(args):
 
     decay = args.share ** (1 / args.reset_every)
     averages = ElasticResetCallback(decay=decay, reset_every=args.reset_every, reset=args.reset)
-    lines = []
-    callbacks = [Evaluations(task, averages, args.reset_every, lines), averages]
+    shared = (task, averages, args.reset_every, lines, args.output_dir / "evaluations.json")
+    callbacks = [Evaluations(*shared), averages]
     if args.reset != "none":
-        callbacks.append(Evaluations(task, averages, args.reset_every, lines, event="after reset"))
+        callbacks.append(Evaluations(*shared, event="after reset"))
     arguments = GRPOConfig(
         str(args.output_dir),
         max_steps=args.steps,
@@ -121,7 +135,8 @@ def train(args):
     trainer.train(resume_from_checkpoint=args.resume or None)
     log = trainer.state.log_history
     seconds = sum(line.get("step_time", 0.0) for line in log)  # without evaluations
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gigabytes = peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
     print(f"{seconds:.0f} seconds for the steps, {gigabytes:.1f} GB at the most")
     about = dict(command=sys.argv, seconds=seconds, gigabytes=gigabytes)
     write_text(args.output_dir / "evaluations.json", json.dumps(about | dict(lines=lines), indent=1))
@@ -149,7 +164,14 @@ def parse(argv):
     add("--held_out", default="test", help="the split of reviews to evaluate on (test)")
     add("--seed", type=int, default=0, help="of sampling and data order (0)")
     add("--resume", action="store_true", help="go on from the last checkpoint in DIR")
-    return flags.parse_args(argv)
+    args = flags.parse_args(argv)
+    if args.reset_every < 1 or args.steps < 1:
+        raise ValueError("--reset_every and --steps: expected 1 or more")
+    if not 0 <= args.share <= 1:
+        raise ValueError(f"--share is {args.share}; expected 0 to 1")
+    if args.num_generations < 2 or args.batch_size % args.num_generations:
+        raise ValueError("--batch_size: expected a multiple of --num_generations, which is 2 or more")
+    return args
 
 
 def main(argv=None) -> int:

@@ -60,7 +60,8 @@ def packaged_model():
 def make_policy(folder, name):
     """Save the policy to a folder, unless it is there."""
     if folder.exists():
-        return print(f"{folder} is there already")
+        print(f"{folder} is there already")
+        return
     if name:
         model, tokenizer = load_model("policy", name, "CausalLM", configure("imdb"))
     else:
@@ -78,9 +79,13 @@ def make_classifier(folder, policy, args):
     """Train a classifier on labelled reviews and save it, unless it is there. Raises ValueError if it tells
     too few of the held-out reviews right."""
     if folder.exists():
-        return print(f"{folder} is there already")
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        print(f"{folder} is there already")
+        return
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    layers = AutoConfig.from_pretrained(policy).num_hidden_layers
+    if not 1 <= args.layers <= layers:
+        raise ValueError(f"--layers is {args.layers}; the policy has {layers}")
     torch.manual_seed(0)
     shape = dict(num_labels=2, num_hidden_layers=args.layers)
     model = AutoModelForSequenceClassification.from_pretrained(policy, dtype=torch.float32, **shape)
@@ -160,7 +165,10 @@ def parse(argv):
         "--learning_rate", type=float, default=5e-5, help="of the classifier's training (5e-5)"
     )
     flags.add_argument("--max_length", type=int, default=128, help="tokens of a review (128)")
-    return flags.parse_args(argv)
+    args = flags.parse_args(argv)
+    if min(args.batch_size, args.epochs, args.max_length) < 1:
+        raise ValueError("--batch_size, --epochs and --max_length: expected 1 or more")
+    return args
 
 
 def main(argv=None) -> int:

@@ -75,7 +75,8 @@ def rows_of(summary, method):
 
 
 def settings_of(summary, method):
-    """Those of a method at the learning rate of the chosen one: {KL coefficient: a row for each seed}."""
+    """Return a method's settings at the learning rate of the chosen one, {KL coefficient: a row for each
+    seed}."""
     own = rows_of(summary, method)
     rate = tradeoff.chosen_rows(summary, method)["learning_rate"].iloc[0]
     own = own[own["learning_rate"] == rate]
@@ -96,7 +97,7 @@ def in_per_cent(summary, number="mean"):
 
 
 def best_coefficient(summary):
-    """That of the penalty alone."""
+    """Return the KL coefficient that was chosen for the penalty alone."""
     return tradeoff.chosen_rows(summary, "ppo-kl")["kl_coef"].iloc[0]
 
 
@@ -212,7 +213,7 @@ def interval_of(differences):
     return f"{rounded(mean, mean)} ({rounded(low, mean)} to {rounded(high, mean)})"
 
 
-def short(values):
+def with_error(values):
     """Mean and standard error of some numbers."""
     mean, error = tradeoff.mean_and_error(values)
     return f"{rounded(mean, mean)} ± {rounded(error, mean)}" if error else rounded(mean, mean)
@@ -242,7 +243,7 @@ def tuned(summary):
         if method in summary["methods"].index:
             one = tradeoff.chosen_rows(summary, method)
             label = summary["methods"].loc[method, "chosen"].removeprefix("tutorials/baselines.py:")
-            numbers = [short(one[name]) for name in ("reward", "drift", "area")]
+            numbers = [with_error(one[name]) for name in ("reward", "drift", "area")]
             rows.append([words, label, *numbers, "" if method == BOTH else apart(one["area"], yardstick)])
     names = ["method", "chosen", "reward", "drift", "area", "area less that of resets"]
     return "\n".join(tradeoff.table(names, rows))
@@ -307,11 +308,13 @@ def near_the_best(summary):
 
 def by_batch_size():
     """The area of resets less that of a rival at the same KL coefficient, in the game with other batches."""
-    rows, coefs = [], (0.003, 0.01, 0.03)
+    coefs = (0.003, 0.01, 0.03)
+    rows = []
     for size, folder in BATCHES.items():
         own = record_of("translation", folder)["summary"]
         for rival in ONE_EACH[1:]:
-            ours, theirs = settings_of(own, BOTH), settings_of(own, rival)
+            ours = settings_of(own, BOTH)
+            theirs = settings_of(own, rival)
             words = [verdict(ours[coef], theirs[coef]) for coef in coefs]
             rows.append([f"{size} responses an update, against: {WORDS[rival]}", *words])
     return "\n".join(tradeoff.table(["at the KL coefficient", *(f"{coef:g}" for coef in coefs)], rows))
@@ -343,7 +346,7 @@ def resets_alone(summaries):
             if method not in summary["methods"].index:
                 continue
             own = tradeoff.chosen_rows(summary, method)
-            cells = [short(own[column]) for column in ("reward", "drift", "largest", "area")]
+            cells = [with_error(own[column]) for column in ("reward", "drift", "largest", "area")]
             label = setting_words(summary["methods"].loc[method, "chosen"])
             less = "" if method == "ppo-kl" else apart(own["area"], yardstick)
             rows.append([f"{name}, {words}", label, *cells, less])
@@ -365,12 +368,13 @@ def setting_words(label):
 
 
 def real_text(summary, wanted=()):
-    """The reward of each setting, and three numbers that may tell what it costs. Without `wanted`, some
-    settings that lie between others are left out."""
-    names, rows = ("reward", "kl", "distinct_2", "drift"), []
+    """The reward of each setting, and three numbers that may tell what it costs. Settings that lie between
+    others are left out."""
+    names = ("reward", "kl", "distinct_2", "drift")
+    rows = []
     for label in wanted or summary["ends"].index.unique("setting"):
         if not any(part in label for part in (" at ", "eta 0.20", "eta 0.60")):
-            rows.append([label, *(short(summary["ends"].loc[label][name]) for name in names)])
+            rows.append([label, *(with_error(summary["ends"].loc[label][name]) for name in names)])
     start = [rounded(summary["start"][name], summary["start"][name]) for name in names]
     titles = ["", "reward", "KL from the start", "different pairs of words", "perplexity"]
     return "\n".join(tradeoff.table(titles, [["start", *start], *rows]))
@@ -396,7 +400,7 @@ def by_bound():
         summary = record_of(task, RESETS_ALONE)["summary"]
         low, high = summary["range"]
         both = alone_and_penalty(task)
-        for row, bound in zip(rows, BOUNDS, strict=False):
+        for row, bound in zip(rows[:-1], BOUNDS, strict=True):
             ours, theirs = (mean_area(own, summary["floor"], low, bound * low) for own in both)
             words = f"{100 * ours / theirs:.0f}"
             row.append(f"**{words}**" if math.isclose(bound * low, high) else words)
@@ -457,7 +461,7 @@ def page_tables():
 
 
 def task_tables(task, found, again):
-    """Those of a task's own page."""
+    """Return the tables of a task's own page, {name: table}."""
     tables = dict(map=map_of(record_of(task, "map")["summary"]))
     alone = {}
     for words, folder in ALONE_FOLDERS.items():

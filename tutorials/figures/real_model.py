@@ -1,7 +1,8 @@
 """Draws real_model.png and prints the tables of tutorials/results/real_model.md from its record.
 
     python tutorials/figures/real_model.py                     # draw and print
-    python tutorials/figures/real_model.py --samples RUNS      # first copy texts of the runs in RUNS
+    python tutorials/figures/real_model.py --samples RUNS --settings ppo,ppo-kl:kl_coef=0.1
+                                                               # first copy the texts of these from RUNS
 
 The record is in tutorials/results/real_model. compare.py has made it in RUNS, its --output_dir."""
 
@@ -18,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from elastic_reset import write_text  # noqa: E402
 from tutorials import pictures, tradeoff  # noqa: E402
-from tutorials.figures.evidence import short  # noqa: E402
+from tutorials.figures.evidence import with_error  # noqa: E402
 
 RECORD = HERE.parent / "results" / "real_model"
 COLUMNS = {  # of the table
@@ -32,7 +33,7 @@ KINDS = {  # {words: how a setting of it is drawn}
     "plain PPO": dict(color="#D55E00", marker="s"),
     "plain PPO, mixed with the start": dict(color="#D55E00", marker="s", fillstyle="none", linestyle=":"),
     "KL penalty": dict(color="#009E73", marker="^"),
-    "KL penalty, mixed with the start": dict(color="#009E73", marker="^", fillstyle="none", linestyle=":"),
+    "KL penalty, mixed with the start": dict(color="#009E73", marker="^", linestyle="", fillstyle="none"),
     "resets": dict(color="#0072B2", marker="o", linestyle=""),
     "resets with a KL penalty": dict(color="#0072B2", marker="o", linestyle="", fillstyle="none"),
 }
@@ -40,15 +41,15 @@ SHOWN = 3  # prompts whose texts the page has, the first ones of those to evalua
 
 
 def kind_of(setting):
-    """The words for a setting's kind."""
+    """The words for a setting's kind, one of KINDS if it is drawn."""
     label, _, afterwards = setting.partition(", ")
     method, own = tradeoff.split_label(label)
-    resets = method == "elastic-reset"
-    penalty = method == "ppo-kl" or (resets and own["kl_coef"] != "0")
-    if resets:
-        return "resets with a KL penalty" if penalty else "resets"
-    name = "KL penalty" if penalty else "plain PPO"
-    return f"{name}, mixed with the start" if afterwards.startswith("eta") else name
+    name = {"ppo": "plain PPO", "ppo-kl": "KL penalty", "elastic-reset": "resets"}[method]
+    if method == "elastic-reset" and own.get("kl_coef") != "0":
+        name = "resets with a KL penalty"
+    if afterwards.startswith("eta"):
+        return f"{name}, mixed with the start"
+    return f"{name}, {afterwards}" if afterwards else name
 
 
 def ends_of(record):
@@ -68,7 +69,7 @@ def ends_of(record):
 
 def starts_of(record):
     """The table of the evaluations before training, a row for each seed."""
-    runs = next(iter(record["runs"].values()))
+    runs = max(record["runs"].values(), key=len)
     starts = pandas.DataFrame([history[0] for history in runs.values()])
     return starts.assign(largest_kl=0.0)
 
@@ -76,9 +77,9 @@ def starts_of(record):
 def table(record):
     """A row for the start and for each setting, means with standard errors where there are several seeds."""
     starts = starts_of(record)
-    rows = [["start", *(short(starts[name]) for name in COLUMNS)]]
+    rows = [["start", *(with_error(starts[name]) for name in COLUMNS)]]
     for setting, own in ends_of(record).groupby("setting", sort=False):
-        rows.append([setting, *(short(own[name]) for name in COLUMNS)])
+        rows.append([setting, *(with_error(own[name]) for name in COLUMNS)])
     return "\n".join(tradeoff.table(["setting", *COLUMNS.values()], rows))
 
 
@@ -90,9 +91,10 @@ def picture(record):
     means = ends_of(record).groupby("setting", sort=False)[["reward", "kl"]].mean()
     start = starts_of(record)["reward"].mean()
     for words, look in KINDS.items():
-        own = means[[kind_of(setting) == words for setting in means.index]].sort_values("kl")
         if words == "plain PPO":
             own = way_of(record, "ppo")
+        else:
+            own = means[[kind_of(setting) == words for setting in means.index]].sort_values("kl")
         axes.plot(own["kl"], own["reward"], **look, markersize=7, label=words)
     axes.plot(0, start, "k*", markersize=13)
     axes.annotate("start", (0, start), (10, -4), textcoords="offset points")
@@ -115,26 +117,37 @@ def copy_samples(runs, settings):
     texts = {}
     for setting in settings:
         folder = runs / setting.replace(":", ",")
-        text = (sorted(folder.glob("seed*"))[0] / "samples.md").read_text(encoding="utf-8")
-        prompts = re.findall(r"^- prompt: (.*)$", text, re.MULTILINE)
-        before = re.findall(r"^- continuation: (.*)$", text, re.MULTILINE)
-        after = re.findall(r"^- continuation, \*\*.*?\*\*: (.*)$", text, re.MULTILINE)
-        texts["prompt"] = prompts[:SHOWN]
-        texts["start"] = before[:SHOWN]
-        texts[setting] = after[:SHOWN]
+        files = sorted(folder.glob("seed*/samples.md"), key=seed_of)
+        if not files:
+            raise ValueError(f"{folder} has no finished run")
+        prompts, before, after = [], [], []
+        for example in files[0].read_text(encoding="utf-8").split("## ")[1 : SHOWN + 1]:
+            prompts += re.findall(r"^- prompt: (.*)$", example, re.MULTILINE)
+            start, *end = re.findall(r"^- continuation(?:, \*\*.*?\*\*)?: (.*)$", example, re.MULTILINE)
+            before.append(start)
+            after.append(end[0] if end else start)  # a text that has not changed stands there once
+        texts |= {"prompt": prompts, "start": before, setting: after}
     write_text(RECORD / "samples.json", json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
+
+
+def seed_of(file):
+    return int(file.parent.name.removeprefix("seed"))
 
 
 def sample_tables():
     """For each prompt a table of how the start and the settings continue it."""
     texts = json.loads((RECORD / "samples.json").read_text(encoding="utf-8"))
+    prompts = texts.pop("prompt")
     tables = []
-    for i, prompt in enumerate(texts.pop("prompt")):
-        rows = [
-            [name, own[i].strip().replace("|", "\\|").replace("<", "&lt;")] for name, own in texts.items()
-        ]
-        tables.append("\n".join(tradeoff.table([f"*{prompt}* ...", "continuation"], rows)))
+    for i, prompt in enumerate(prompts):
+        rows = [[name, in_a_cell(own[i])] for name, own in texts.items()]
+        tables.append("\n".join(tradeoff.table([f"*{in_a_cell(prompt)}* ...", "continuation"], rows)))
     return tables
+
+
+def in_a_cell(text):
+    """A text as it can stand in a table of Markdown. Lines that end are marked by a slash."""
+    return re.sub("(<br>)+", " / ", text.strip()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def page_tables():
@@ -146,8 +159,10 @@ def page_tables():
 if __name__ == "__main__":
     flags = argparse.ArgumentParser("real_model.py", description=__doc__.partition("\n")[0])
     flags.add_argument("--samples", metavar="RUNS", type=Path, help="copy texts of the runs in RUNS first")
-    flags.add_argument("--settings", default="", help="whose texts, a comma between them")
+    flags.add_argument("--settings", help="whose texts, a comma between them")
     given = flags.parse_args()
+    if (given.samples is None) != (given.settings is None):
+        flags.error("expected --samples and --settings together")
     if given.samples:
         copy_samples(given.samples, given.settings.split(","))
     picture(tradeoff.read_record(RECORD)).savefig(HERE / "real_model.png", dpi=200)
