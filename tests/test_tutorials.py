@@ -23,7 +23,8 @@ PAGES += sorted(RESULTS.glob("*.md"))
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter(path, monkeypatch, tmp_path):
-    """It runs, and each plot that it leaves in the current folder has a copy that its text shows."""
+    """It runs, and each plot that it leaves in the current folder has a copy that its text shows. The names
+    of these begin with the chapter's number."""
     (tmp_path / "tutorials").symlink_to(ROOT / "tutorials")
     monkeypatch.chdir(tmp_path)
     examples = list(Sybil([PythonCodeBlockParser()]).parse(path))
@@ -31,7 +32,7 @@ def test_chapter(path, monkeypatch, tmp_path):
     with matplotlib.rc_context():  # the chapters' fonts are not those of other tests' pictures
         for example in examples:
             example.evaluate()
-    shown = re.findall(r"!\[[^]]*\]\(figures/([^)]+\.png)\)", path.read_text(encoding="utf-8"))
+    shown = re.findall(r"!\[[^]]*\]\(figures/(\d\d_[^)]+\.png)\)", path.read_text(encoding="utf-8"))
     assert {picture.name for picture in tmp_path.glob("*.png")} == set(shown)
 
 

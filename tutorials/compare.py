@@ -132,12 +132,14 @@ def first_seed(given):
 
 
 def check_folders(runs):
-    """Raise ValueError if two labels would train in the same folder."""
+    """Raise ValueError if two settings would train in the same folder. What is evaluated after a run is none
+    of its settings."""
     owners = {}
     for (label, _), (config, _) in runs.items():
-        owner = owners.setdefault(config.output_dir, label)
-        if owner != label:
-            raise ValueError(f"--methods {owner} and {label} have the same folder, {config.output_dir}")
+        setting = without(("average", "mixtures"), label)
+        owner = owners.setdefault(config.output_dir, setting)
+        if owner != setting:
+            raise ValueError(f"--methods {owner} and {setting} have the same folder, {config.output_dir}")
 
 
 def check_chosen(runs, chosen):
