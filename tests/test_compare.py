@@ -469,11 +469,11 @@ def test_settings_are_not_chosen_on_the_seeds_that_are_reported(capsys):
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"), [('seed: "3"', "--seed is '3'"), ("task: [imdb]", "--task is ['imdb']")]
+    ("text", "message"), [('task: imdb\nseed: "3"', "--seed is '3'"), ("task: [imdb]", "--task is ['imdb']")]
 )
-def test_a_file_s_settings_of_another_kind_are_named(lines, message, tmp_path, capsys):
+def test_a_file_s_settings_of_another_kind_are_named(text, message, tmp_path, capsys):
     file = tmp_path / "settings.yaml"
-    file.write_text(f"task: imdb\n{lines}\n" if "seed" in lines else f"{lines}\n")
+    file.write_text(text)
     assert main(["--config", str(file), "--methods", "ppo"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -485,8 +485,8 @@ def test_programs_of_one_name_in_two_folders_are_two(tmp_path, capsys):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         programs.append(tmp_path / folder / "own.py")
-        text = f"where = {folder!r}\nfrom tutorials.baselines import *\n"
-        programs[-1].write_text(text + "from tutorials.baselines import configure_baseline, parse\n")
+        text = f"where = {folder!r}\nfrom tutorials.baselines import configure_baseline, parse\n"
+        programs[-1].write_text(text)
     assert [program.program_at(str(path)).where for path in programs] == ["one", "two"]
     methods = ",".join(f"{path}:S2P:s2p_coef=1" for path in programs)
     assert main(["--task", "translation", "--methods", methods, "--output_dir", str(tmp_path / "runs")]) == 2

@@ -75,11 +75,7 @@ def flags():
     add("--file", type=Path, default=here.parents[1] / "elastic_reset.py", help="what to measure of ours")
     add("--environment", type=Path, default=cache / "elastic_reset" / f"trl-{TRL}", help="TRL's folder")
     add("--vocabulary", type=int, nargs="+", default=[2000, 32000], help="sizes to measure with")
-    add(
-        "--model",
-        type=Path,
-        help="a folder with the decoder to measure with, with the vocabulary that it has",
-    )
+    add("--model", type=Path, help="a decoder's folder, to measure with it and its vocabulary")
     add("--batch", type=int, default=64, help="responses of an update")
     add("--rounds", type=int, default=3, help="measurements of each program")
     add("--updates", type=int, default=4, help="PPO updates counted in a measurement")
@@ -87,14 +83,10 @@ def flags():
     add("--json", type=Path, help="write the figures there")
     add("--measure", choices=PROGRAMS, help="measure that once, in this process (used by the program itself)")
     args = parser.parse_args()
-    if (
-        min(args.rounds, args.updates, args.threads) < 1
-        or args.batch < MINIBATCHES
-        or args.batch % MINIBATCHES
-    ):
-        parser.error(
-            f"--rounds, --updates, --threads: expected 1 or more; --batch: a multiple of {MINIBATCHES}"
-        )
+    if min(args.rounds, args.updates, args.threads, args.batch) < 1:
+        parser.error("--rounds, --updates, --threads and --batch: expected 1 or more")
+    if args.batch % MINIBATCHES:
+        parser.error(f"--batch is {args.batch}; expected a multiple of {MINIBATCHES}")
     return args
 
 

@@ -61,10 +61,10 @@ from tutorials.tradeoff import (
     join_label,
     method_of,
     read_record,
+    setting_of,
     split_label,
     summary_text,
     tradeoff,
-    without,
 )
 
 GRACE = 30  # seconds that a run has to end its update and save a checkpoint when the comparison is stopped
@@ -83,7 +83,7 @@ def compare(labels, seeds, jobs, shared, command=(), chosen=None):
     given = parse_flags(shared)
     task = given.get("task", "missing")
     first = first_seed(given)
-    if task not in list(elastic_reset.TASKS):
+    if task not in list(elastic_reset.TASKS):  # a file may give what no dict can look up
         raise ValueError(f"--task is {task}; expected one of {', '.join(elastic_reset.TASKS)}")
     if "method" in given:
         raise ValueError("--method or --config names a single method; expected --methods alone to name them")
@@ -136,7 +136,7 @@ def check_folders(runs):
     of its settings."""
     owners = {}
     for (label, _), (config, _) in runs.items():
-        setting = without(("average", "mixtures"), label)
+        setting = setting_of(label)
         owner = owners.setdefault(config.output_dir, setting)
         if owner != setting:
             raise ValueError(f"--methods {owner} and {setting} have the same folder, {config.output_dir}")
@@ -147,10 +147,10 @@ def check_chosen(runs, chosen):
     is made of a run when it has ended, or before, is known only later."""
     planned = {}
     for (label, _), (config, _) in runs.items():
-        setting = without(("average", "mixtures"), label)
-        planned.setdefault(method_of(setting, asdict(config)), []).append(setting)
+        setting = setting_of(label)
+        planned.setdefault(method_of(setting, asdict(config)), set()).add(setting)
     for method, settings in planned.items():
-        if chosen.get(method, settings[0]) not in settings:
+        if method in chosen and chosen[method] not in settings:
             raise ValueError(f"--tuned_on chose {chosen[method]}, which is not among --methods")
 
 
@@ -171,7 +171,7 @@ def settings_of(label, seed, shared, folder):
     if taken := {"task", "seed", "method", "output_dir", "resume", "config"} & own.keys():
         raise ValueError(f"--methods {label}: {min(taken)} is the comparison's, not a method's own")
     file, _, baseline = method.rpartition(":")
-    name = split_label(without(("average", "mixtures"), label))[1]
+    name = split_label(setting_of(label))[1]
     name = quote(join_label(baseline, name, ","), safe=",=")  # a value may be a path
     afterwards = events_of(own.pop("average", "0"), own.pop("mixtures", "0"), label)
     place = dict(seed=seed, resume=True, output_dir=str(folder / name / f"seed{seed}"))

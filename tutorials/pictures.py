@@ -15,7 +15,15 @@ import re
 import pandas
 
 from elastic_reset import written_whole
-from tutorials.tradeoff import KNOBS, UNITS, during_training, is_baseline, method_of, runs_by_setting
+from tutorials.tradeoff import (
+    KNOBS,
+    UNITS,
+    config_of,
+    during_training,
+    is_baseline,
+    method_of,
+    runs_by_setting,
+)
 
 STYLES = {  # a method's colour, which the colour-blind tell apart, and its marker, which is left in grey
     "elastic-reset": ("#0072B2", "o"),
@@ -65,8 +73,9 @@ def methods_along(ends, *knobs):
     {method: its rows}."""
     found = {}
     for method, own in ends.groupby("method", sort=False):
-        settings = own.groupby("setting")[list(varied(own))].first()
-        if set(varied(own)) == set(knobs) and not settings.duplicated().any():
+        several = varied(own)
+        settings = own.groupby("setting")[several].first()
+        if set(several) == set(knobs) and not settings.duplicated().any():
             found[method] = own
     return found
 
@@ -109,11 +118,6 @@ def new_figure(width, height, columns=1):
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False)
     return figure, list(panels.flat)
-
-
-def config_of(record):
-    """Return the settings of a record's first label. All have the same task."""
-    return next(iter(record["configs"].values()))
 
 
 def drift_axis(record):
@@ -187,30 +191,17 @@ def draw_front(axes, summary, chosen, styles):
         )
         axes.plot([], [], **style, markersize=7, label=method)  # for the legend
     known = means[means["method"].isin(chosen.index)]
-    frame_front(axes, summary, known, means.loc[chosen])
-
-
-def frame_front(axes, summary, known, best):
-    """Set the limits of a panel of reward and drift by the means that it has and the chosen ones of these."""
+    set_limits(axes, summary, known, means.loc[chosen])
     low, high = summary["range"]
-    counting = known["reward"][known["drift"] <= high]
-    top = max([*counting, *best["reward"]])
-    half = summary["floor"] + 0.5 * (top - summary["floor"])
-    bottom = min(half, best["reward"].min())
-    margin = 0.06 * (top - bottom or 1)
-    axes.set_ylim(bottom - margin, top + margin)
-    left = min(low, best["drift"].min()) - 0.05 * (high - low)
-    right = max(high, best["drift"].max()) + 0.15 * (high - low)
-    axes.set_xlim(left, right)
+    axes.set_title(f"hatched: beyond {high / low:.3g} times the start's drift", fontsize=11)
     axes.axvspan(
         high,
-        right,
+        axes.get_xlim()[1],
         facecolor="none",
         edgecolor="0.8",
         hatch="//",
         zorder=0,
     )
-    axes.set_title(f"hatched: beyond {high / low:.3g} times the start's drift", fontsize=11)
     axes.annotate(
         "better",
         xy=(0.5, 0.5),
@@ -221,6 +212,21 @@ def frame_front(axes, summary, known, best):
         ha="center",
         fontsize=11,
     )
+
+
+def set_limits(axes, summary, known, best):
+    """Set the limits of a panel of reward and drift. `known`: the means of its settings. `best`: those of
+    the chosen ones, which it must have."""
+    low, high = summary["range"]
+    counting = known["reward"][known["drift"] <= high]
+    top = max([*counting, *best["reward"]])
+    half = summary["floor"] + 0.5 * (top - summary["floor"])
+    bottom = min(half, best["reward"].min())
+    margin = 0.06 * (top - bottom or 1)
+    axes.set_ylim(bottom - margin, top + margin)
+    left = min(low, best["drift"].min())
+    right = max(high, best["drift"].max())
+    axes.set_xlim(left - 0.05 * (high - low), right + 0.15 * (high - low))
 
 
 def curve(own):
@@ -344,10 +350,8 @@ def name_coefs(axes, coefs, zero):
 
     axes.xaxis.set_minor_formatter(NullFormatter())
     if (coefs == 0).any():
-        inner = [tick for tick in axes.get_xticks()[1:-1] if tick > 2 * zero]
-        axes.set_xticks([zero, *inner])
-        others = axes.get_xticks()[1:]
-        axes.set_xticklabels(["0", *map("{:g}".format, others)])
+        others = [tick for tick in axes.get_xticks()[1:-1] if tick > 2 * zero]
+        axes.set_xticks([zero, *others], ["0", *map("{:g}".format, others)])
     axes.set_xlim(zero / 1.5, 1.5 * coefs.max())
 
 
@@ -440,10 +444,11 @@ def short(value):
 def write_cells(axes, drift, share):
     """Write drift and share of the gain into each cell, and the knobs at the edges."""
     look = dict(ha="center", va="center", fontsize=8)
-    for row, every in enumerate(drift.index):
-        for column, value in enumerate(drift.loc[every]):
-            words = f"{short(value)}\n{share.iloc[row, column]:.0%}"
-            axes.text(column, row, "not run" if math.isnan(value) else words, **look)
     rows, columns = drift.shape
+    for row, column in itertools.product(range(rows), range(columns)):
+        words = "not run"
+        if not math.isnan(drift.iloc[row, column]):
+            words = f"{short(drift.iloc[row, column])}\n{share.iloc[row, column]:.0%}"
+        axes.text(column, row, words, **look)
     axes.set_xticks(range(columns), drift.columns.map("{:g}".format))
     axes.set_yticks(range(rows), drift.index.map("{:g}".format))

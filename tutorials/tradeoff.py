@@ -64,11 +64,10 @@ def tradeoff(record):
     histories = record["runs"]
     first_runs = next(iter(histories.values()))
     start = next(iter(first_runs.values()))[0]
-    task = next(iter(record["configs"].values())).get("task")
     low = start["drift"]
     if low <= 0:
         raise ValueError(f"the start's drift is {low}; drift is measured in multiples of it")
-    high = WORST.get(task, 1.5) * low
+    high = WORST.get(config_of(record).get("task"), 1.5) * low
     ends = pandas.DataFrame(delivered(record))
     ends = ends.drop_duplicates(["setting", "seed"]).set_index(["setting", "seed"])
     check_numbers(ends)
@@ -123,7 +122,7 @@ def delivered(record):
     rows = []
     for label, runs in record["runs"].items():
         config = record["configs"][label]
-        setting = without(("average", "mixtures"), label)
+        setting = setting_of(label)
         method = method_of(setting, config)
         knobs = knobs_of(setting, config)
         for seed, history in runs.items():
@@ -141,8 +140,8 @@ def delivered(record):
 
 
 def runs_by_setting(record):
-    """Return {setting: {seed: its evaluations}}. A setting is a label without what comes after training."""
-    return {without(("average", "mixtures"), label): runs for label, runs in record["runs"].items()}
+    """Return {setting: {seed: its evaluations}}."""
+    return {setting_of(label): runs for label, runs in record["runs"].items()}
 
 
 def drifts_of(training):
@@ -195,6 +194,16 @@ def without(names, label):
     """Return a label without some of its settings."""
     method, own = split_label(label)
     return join_label(method, {name: own[name] for name in own if name not in names})
+
+
+def setting_of(label):
+    """Return a label without what is evaluated after training. Labels with the same setting share a run."""
+    return without(("average", "mixtures"), label)
+
+
+def config_of(record):
+    """Return the settings of a record's first label. All have the same task."""
+    return next(iter(record["configs"].values()))
 
 
 def during_training(history):
@@ -318,8 +327,9 @@ def settings_table(summary):
     rows = [["start", f"{start['reward']:.4g}", f"{start['drift']:.4g}", "", "", ""]]
     rows[0] += [f"{start[name]:.4g}" for name in others]
     names = ["reward", "drift", "largest", "before", "area", *others]
+    with_seeds = is_uneven(ends)
     for setting, own in ends.groupby("setting", sort=False):
-        title = f"{setting} (seeds: {len(own)})" if is_uneven(ends) else setting
+        title = f"{setting} (seeds: {len(own)})" if with_seeds else setting
         rows.append([title, *(cell(own[name]) for name in names)])
     return table(["setting", *names], rows)
 
