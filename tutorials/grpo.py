@@ -1,5 +1,6 @@
 """TRL's GRPO on the model of real_model.py, with resets and without.
 
+    pip install 'trl>=1.10'
     python tutorials/real_model.py runs/real
     python tutorials/grpo.py runs/real --output_dir runs/grpo
     python tutorials/grpo.py runs/real --output_dir runs/grpo_without --reset none
@@ -7,8 +8,10 @@
 The classifier of FOLDER pays, as in `--task imdb`. There is no KL penalty (beta is 0, as by default in TRL).
 Every --reset_every steps, and just after each reset, the policy is evaluated on held-out prompts. DIR gets
 evaluations.json (what was found, with perplexities and the first texts), log.json (what the trainer logs at
-each step) and checkpoints. With --resume it goes on from the last checkpoint in DIR."""
+each step) and checkpoints. With --resume it goes on from the last checkpoint in DIR. With --mixtures 4 the
+weights theta_0 + eta (theta - theta_0) of start and end are evaluated too, for eta 0.2, 0.4, 0.6, 0.8."""
 
+import importlib.util
 import json
 import resource
 import sys
@@ -72,7 +75,18 @@ def lines_until_checkpoint(args):
         raise ValueError(f"--resume: there is no checkpoint in {args.output_dir}")
     step = int(last.rpartition("-")[2])
     lines = json.loads((args.output_dir / "evaluations.json").read_text(encoding="utf-8"))["lines"]
-    return [line for line in lines if line["step"] <= step]
+    return [line for line in lines if line["step"] <= step and not line["event"].startswith("eta")]
+
+
+def evaluate_mixtures(at_end, elastic, n):
+    """Evaluate n mixtures of the policy's weights and the start's, a line for each."""
+    last = [p.detach().clone() for p in elastic.params]
+    for k in range(1, n + 1):
+        eta = k / (n + 1)  # the share of the end
+        mixture = [torch.lerp(start.to(own), own, eta) for start, own in zip(elastic.init, last, strict=True)]
+        at_end.event = f"eta {eta:.2f}"
+        with elastic.holding(mixture):
+            at_end.evaluate(elastic.updates)
 
 
 def train(args):
@@ -133,6 +147,7 @@ def train(args):
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
     trainer.train(resume_from_checkpoint=args.resume or None)
+    evaluate_mixtures(Evaluations(*shared), averages.elastic, args.mixtures)
     log = trainer.state.log_history
     seconds = sum(line.get("step_time", 0.0) for line in log)  # without evaluations
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -152,6 +167,7 @@ def parse(argv):
     add("--reset", choices=("elastic", "none"), default="elastic", help="(elastic)")
     add("--reset_every", type=int, default=50, help="steps between resets, and between evaluations (50)")
     add("--share", type=float, default=0.6, help="the start's share of a reset (0.6)")
+    add("--mixtures", type=int, default=0, help="how many mixtures with the start to evaluate at the end (0)")
     add("--steps", type=int, default=200, help="optimizer steps (200)")
     add("--batch_size", type=int, default=16, help="completions per step (16)")
     add("--num_generations", type=int, default=8, help="completions per prompt (8)")
@@ -165,8 +181,12 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of sampling and data order (0)")
     add("--resume", action="store_true", help="go on from the last checkpoint in DIR")
     args = flags.parse_args(argv)
+    if importlib.util.find_spec("trl") is None:
+        raise ValueError("the package trl is missing: pip install 'trl>=1.10'")
     if args.reset_every < 1 or args.steps < 1:
         raise ValueError("--reset_every and --steps: expected 1 or more")
+    if args.mixtures < 0:
+        raise ValueError(f"--mixtures is {args.mixtures}; expected 0 or more")
     if not 0 <= args.share <= 1:
         raise ValueError(f"--share is {args.share}; expected 0 to 1")
     if args.num_generations < 2 or args.batch_size % args.num_generations:

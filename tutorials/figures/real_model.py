@@ -4,7 +4,8 @@
     python tutorials/figures/real_model.py --samples RUNS --settings ppo,ppo-kl:kl_coef=0.1
                                                                # first copy the texts of these from RUNS
 
-The record is in tutorials/results/real_model. compare.py has made it in RUNS, its --output_dir."""
+The record is in tutorials/results/real_model. compare.py has made it in RUNS, its --output_dir. The runs of
+GRPO are there too, the evaluations.json of grpo.py with resets and without."""
 
 import argparse
 import json
@@ -19,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from elastic_reset import write_text  # noqa: E402
 from tutorials import pictures, tradeoff  # noqa: E402
-from tutorials.figures.evidence import with_error  # noqa: E402
+from tutorials.figures.evidence import rounded, with_error  # noqa: E402
 
 RECORD = HERE.parent / "results" / "real_model"
 COLUMNS = {  # of the table
@@ -29,6 +30,8 @@ COLUMNS = {  # of the table
     "human_perplexity": "perplexity of human reviews",
     "distinct_2": "different pairs of words",
 }
+GRPO = {"without resets": "grpo_without.json", "with resets": "grpo.json"}  # {words: file}
+GRPO_COLUMNS = {"reward": "reward", "kl": "KL", "human_perplexity": "perplexity of human reviews"}
 KINDS = {  # {words: how a setting of it is drawn}
     "plain PPO": dict(color="#D55E00", marker="s"),
     "plain PPO, mixed with the start": dict(color="#D55E00", marker="s", fillstyle="none", linestyle=":"),
@@ -81,6 +84,22 @@ def table(record):
     for setting, own in ends_of(record).groupby("setting", sort=False):
         rows.append([setting, *(with_error(own[name]) for name in COLUMNS)])
     return "\n".join(tradeoff.table(["setting", *COLUMNS.values()], rows))
+
+
+def grpo_table():
+    """A row for each evaluation of GRPO, without resets and with them. Just after a reset there is one only
+    with resets."""
+    names = ["step"]
+    columns = {}  # {(step, event): [numbers without, numbers with]}
+    for n, (words, file) in enumerate(GRPO.items()):
+        names += [f"{name}, {words}" for name in GRPO_COLUMNS.values()]
+        for line in json.loads((RECORD / file).read_text(encoding="utf-8"))["lines"]:
+            own = [rounded(line[name], line[name]) for name in GRPO_COLUMNS]
+            columns.setdefault((line["step"], line["event"]), [[""] * len(own)] * 2)[n] = own
+    rows = []
+    for (step, event), (without, own) in sorted(columns.items()):
+        rows.append([f"{step}, {event}" if event else step, *without, *own])
+    return "\n".join(tradeoff.table(names, rows))
 
 
 def picture(record):
@@ -152,7 +171,7 @@ def in_a_cell(text):
 
 def page_tables():
     """{name: table} of tutorials/results/real_model.md"""
-    tables = dict(settings=table(tradeoff.read_record(RECORD)))
+    tables = dict(settings=table(tradeoff.read_record(RECORD)), grpo=grpo_table())
     return tables | {f"sample {i}": text for i, text in enumerate(sample_tables())}
 
 
