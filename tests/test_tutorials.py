@@ -125,6 +125,8 @@ def test_the_page_of_the_real_model_is_read_from_its_record():
     record = real_model.tradeoff.read_record(real_model.RECORD)
     points = {line.get_label(): len(line.get_xdata()) for line in real_model.picture(record).axes[0].lines}
     assert all(points[words] > 1 for words in real_model.KINDS)
+    for axes in real_model.grpo_picture().axes:  # before and after each of four resets
+        assert [len(line.get_xdata()) for line in axes.lines] == [5, 9]
 
 
 def test_texts_stand_under_their_prompts_also_if_one_has_not_changed(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
-"""Draws real_model.png and prints the tables of tutorials/results/real_model.md from its record.
+"""Draws real_model.png and grpo.png, and prints the tables of tutorials/results/real_model.md from records.
 
     python tutorials/figures/real_model.py                     # draw and print
     python tutorials/figures/real_model.py --samples RUNS --settings ppo,ppo-kl:kl_coef=0.1
                                                                # first copy the texts of these from RUNS
 
-The record is in tutorials/results/real_model. compare.py has made it in RUNS, its --output_dir. The runs of
-GRPO are there too, the evaluations.json of grpo.py with resets and without."""
+They are in tutorials/results/real_model. compare.py has made tradeoff.json in RUNS, its --output_dir. grpo.py
+has made the two runs of GRPO, whose evaluations.json, with commit and versions, are beside it."""
 
 import argparse
 import json
@@ -86,6 +86,11 @@ def table(record):
     return "\n".join(tradeoff.table(["setting", *COLUMNS.values()], rows))
 
 
+def grpo_lines(file):
+    """The evaluations of a run of GRPO."""
+    return json.loads((RECORD / file).read_text(encoding="utf-8"))["lines"]
+
+
 def grpo_table():
     """A row for each evaluation of GRPO, without resets and with them. Just after a reset there is one only
     with resets."""
@@ -93,13 +98,27 @@ def grpo_table():
     columns = {}  # {(step, event): [numbers without, numbers with]}
     for n, (words, file) in enumerate(GRPO.items()):
         names += [f"{name}, {words}" for name in GRPO_COLUMNS.values()]
-        for line in json.loads((RECORD / file).read_text(encoding="utf-8"))["lines"]:
+        for line in grpo_lines(file):
             own = [rounded(line[name], line[name]) for name in GRPO_COLUMNS]
             columns.setdefault((line["step"], line["event"]), [[""] * len(own)] * 2)[n] = own
     rows = []
     for (step, event), (without, own) in sorted(columns.items()):
         rows.append([f"{step}, {event}" if event else step, *without, *own])
     return "\n".join(tradeoff.table(names, rows))
+
+
+def grpo_samples():
+    """A table of how the start and GRPO's ends continue the first prompt."""
+    rows = []
+    for words, file in GRPO.items():
+        lines = grpo_lines(file)
+        if not rows:
+            rows.append(["start", lines[0]])
+        ends = [line for line in lines if line["step"] == lines[-1]["step"]]
+        rows += [[f"GRPO {words}{line['event'] and ', ' + line['event']}", line] for line in ends]
+    prompt = json.loads((RECORD / "samples.json").read_text(encoding="utf-8"))["prompt"][0]
+    cells = [[name, in_a_cell(line["samples"][0])] for name, line in rows]
+    return "\n".join(tradeoff.table([f"*{in_a_cell(prompt)}* ...", "continuation"], cells))
 
 
 def picture(record):
@@ -122,6 +141,24 @@ def picture(record):
     axes.set(xlabel="KL to the start, in nats per response", ylabel="reward")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def grpo_picture():
+    """Reward and KL to the start over the steps of GRPO, without resets and with them."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for (words, file), kind in zip(GRPO.items(), ("plain PPO", "resets"), strict=True):
+        training = [line for line in grpo_lines(file) if not line["event"].startswith("eta")]
+        steps = [line["step"] for line in training]
+        look = KINDS[kind] | dict(linestyle="-", label=f"GRPO {words}")
+        for axes, name in zip(panels, ("reward", "kl"), strict=True):
+            axes.plot(steps, [line[name] for line in training], **look)
+    panels[0].set(xlabel="step", ylabel="reward")
+    panels[1].set(xlabel="step", ylabel="KL to the start, in nats per response")
+    panels[1].legend(frameon=False)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -166,12 +203,13 @@ def sample_tables():
 
 def in_a_cell(text):
     """A text as it can stand in a table of Markdown. Lines that end are marked by a slash."""
-    return re.sub("(<br>)+", " / ", text.strip()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"(<br>|\n)+", " / ", text.strip()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def page_tables():
     """{name: table} of tutorials/results/real_model.md"""
-    tables = dict(settings=table(tradeoff.read_record(RECORD)), grpo=grpo_table())
+    tables = {"settings": table(tradeoff.read_record(RECORD))}
+    tables |= {"grpo": grpo_table(), "grpo samples": grpo_samples()}
     return tables | {f"sample {i}": text for i, text in enumerate(sample_tables())}
 
 
@@ -185,5 +223,6 @@ if __name__ == "__main__":
     if given.samples:
         copy_samples(given.samples, given.settings.split(","))
     picture(tradeoff.read_record(RECORD)).savefig(HERE / "real_model.png", dpi=200)
+    grpo_picture().savefig(HERE / "grpo.png", dpi=200)
     for name, text in page_tables().items():
         print(f"\n{name}\n{text}")
