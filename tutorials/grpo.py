@@ -3,7 +3,7 @@
     pip install 'trl>=1.10'
     python tutorials/real_model.py runs/real
     python tutorials/grpo.py runs/real --output_dir runs/grpo
-    python tutorials/grpo.py runs/real --output_dir runs/grpo_without --reset none
+    python tutorials/grpo.py runs/real --output_dir runs/grpo_without --reset none --mixtures 4
 
 The classifier of FOLDER pays, as in `--task imdb`. There is no KL penalty (beta is 0, as by default in TRL).
 Every --reset_every steps, and just after each reset, the policy is evaluated on held-out prompts. DIR gets
