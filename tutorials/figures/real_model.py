@@ -86,39 +86,43 @@ def table(record):
     return "\n".join(tradeoff.table(["setting", *COLUMNS.values()], rows))
 
 
-def grpo_lines(file):
-    """The evaluations of a run of GRPO."""
-    return json.loads((RECORD / file).read_text(encoding="utf-8"))["lines"]
+def read_json(name):
+    return json.loads((RECORD / name).read_text(encoding="utf-8"))
+
+
+def titled(title, line):
+    """The title of an evaluation, with its event if it has one."""
+    return f"{title}, {line['event']}" if line["event"] else title
 
 
 def grpo_table():
     """A row for each evaluation of GRPO, without resets and with them. Just after a reset there is one only
-    with resets."""
+    with resets, and mixtures only without."""
     names = ["step"]
-    columns = {}  # {(step, event): [numbers without, numbers with]}
-    for n, (words, file) in enumerate(GRPO.items()):
+    rows = {}  # {(step, event): cells}
+    for words, file in GRPO.items():
+        width = len(names)  # of the columns so far
         names += [f"{name}, {words}" for name in GRPO_COLUMNS.values()]
-        for line in grpo_lines(file):
-            own = [rounded(line[name], line[name]) for name in GRPO_COLUMNS]
-            columns.setdefault((line["step"], line["event"]), [[""] * len(own)] * 2)[n] = own
-    rows = []
-    for (step, event), (without, own) in sorted(columns.items()):
-        rows.append([f"{step}, {event}" if event else step, *without, *own])
-    return "\n".join(tradeoff.table(names, rows))
+        for line in read_json(file)["lines"]:
+            row = rows.setdefault((line["step"], line["event"]), [titled(line["step"], line)])
+            row += [""] * (width - len(row))  # of the run that was not evaluated here
+            row += [rounded(line[name], line[name]) for name in GRPO_COLUMNS]
+    for row in rows.values():
+        row += [""] * (len(names) - len(row))
+    return "\n".join(tradeoff.table(names, [rows[key] for key in sorted(rows)]))
 
 
 def grpo_samples():
     """A table of how the start and GRPO's ends continue the first prompt."""
     rows = []
     for words, file in GRPO.items():
-        lines = grpo_lines(file)
-        if not rows:
-            rows.append(["start", lines[0]])
-        ends = [line for line in lines if line["step"] == lines[-1]["step"]]
-        rows += [[f"GRPO {words}{line['event'] and ', ' + line['event']}", line] for line in ends]
-    prompt = json.loads((RECORD / "samples.json").read_text(encoding="utf-8"))["prompt"][0]
-    cells = [[name, in_a_cell(line["samples"][0])] for name, line in rows]
-    return "\n".join(tradeoff.table([f"*{in_a_cell(prompt)}* ...", "continuation"], cells))
+        lines = read_json(file)["lines"]
+        if not rows:  # both runs have the same start
+            rows.append(["start", lines[0]["samples"][0]])
+        for line in lines:
+            if line["step"] == lines[-1]["step"]:
+                rows.append([titled(f"GRPO {words}", line), line["samples"][0]])
+    return continuations(read_json("samples.json")["prompt"][0], rows)
 
 
 def picture(record):
@@ -149,7 +153,7 @@ def grpo_picture():
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for (words, file), kind in zip(GRPO.items(), ("plain PPO", "resets"), strict=True):
-        training = [line for line in grpo_lines(file) if not line["event"].startswith("eta")]
+        training = tradeoff.during_training(read_json(file)["lines"])
         steps = [line["step"] for line in training]
         look = KINDS[kind] | dict(linestyle="-", label=f"GRPO {words}")
         for axes, name in zip(panels, ("reward", "kl"), strict=True):
@@ -192,13 +196,18 @@ def seed_of(file):
 
 def sample_tables():
     """For each prompt a table of how the start and the settings continue it."""
-    texts = json.loads((RECORD / "samples.json").read_text(encoding="utf-8"))
+    texts = read_json("samples.json")
     prompts = texts.pop("prompt")
     tables = []
     for i, prompt in enumerate(prompts):
-        rows = [[name, in_a_cell(own[i])] for name, own in texts.items()]
-        tables.append("\n".join(tradeoff.table([f"*{in_a_cell(prompt)}* ...", "continuation"], rows)))
+        tables.append(continuations(prompt, [[name, own[i]] for name, own in texts.items()]))
     return tables
+
+
+def continuations(prompt, rows):
+    """A table of how a prompt goes on, given pairs of a name and a text."""
+    cells = [[name, in_a_cell(text)] for name, text in rows]
+    return "\n".join(tradeoff.table([f"*{in_a_cell(prompt)}* ...", "continuation"], cells))
 
 
 def in_a_cell(text):
