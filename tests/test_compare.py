@@ -468,6 +468,19 @@ def test_settings_are_not_chosen_on_the_seeds_that_are_reported(capsys):
     assert chosen["ppo-kl"] == "ppo-kl:kl_coef=0.03"
 
 
+def test_each_of_several_records_chooses_for_its_methods(monkeypatch):
+    given = []
+    monkeypatch.setattr(program, "compare", lambda *arguments: given.append(arguments[-1]) or "")
+    map_and_tuning = [str(RECORDS[2] / folder) for folder in ("map", "tuning")]
+    words = ["--task", "translation", "--methods", "ppo", "--seed", "3", "--tuned_on", *map_and_tuning]
+    assert main(words) == main([*words[:-2], *reversed(map_and_tuning)]) == 0
+    first, second = given
+    assert first.keys() == second.keys()
+    assert first["elastic-reset"] == "elastic-reset:kl_coef=0"  # both have it, and the last one chooses
+    assert second["elastic-reset"] == "elastic-reset:kl_coef=0:reset_every=100:share=0.6"
+    assert first["S2P"] == second["S2P"] == "tutorials/baselines.py:S2P:s2p_coef=0.2"  # only one has it
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [('task: imdb\nseed: "3"', "--seed is '3'"), ("task: [imdb]", "--task is ['imdb']")]
 )

@@ -33,7 +33,8 @@ KL penalty are a method apart from resets with one, and `ppo` is `ppo-kl` at the
 also gives a policy that is stopped early, at each of its evaluations. A method of a program of its own is
 named by file and method: tutorials/baselines.py:S2P:s2p_coef=1. All its settings together are one method.
 
-With --tuned_on FOLDER each method's setting is chosen by the record in FOLDER, made with other seeds.
+With --tuned_on FOLDER each method's setting is chosen by the record in FOLDER, made with other seeds. Several
+folders may choose for a method each; the last one that has a method chooses for it.
 It needs pandas and scipy: pip install '.[compare]'"""
 
 import argparse
@@ -444,7 +445,8 @@ def parser():
     flags.add_argument("--methods", metavar="LIST", help="methods, as ppo,elastic-reset,ppo-kl:kl_coef=0.1")
     flags.add_argument("--seeds", metavar="N", type=int, default=5, help="runs a method, from --seed on (5)")
     flags.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (1)")
-    flags.add_argument("--tuned_on", metavar="FOLDER", help="of the record by which settings are chosen")
+    words = "of the records by which settings are chosen"
+    flags.add_argument("--tuned_on", metavar="FOLDER", nargs="+", default=[], help=words)
     flags.add_argument("--read", metavar="FOLDER", help="run nothing, show the tradeoff.json in FOLDER again")
     return flags
 
@@ -462,10 +464,10 @@ def main(argv=None) -> int:
         if own.read is not None:
             print(write_results(read_record(own.read), Path(own.read)))
         else:
+            first = first_seed(parse_flags(rest))
             chosen = {}
-            if own.tuned_on:
-                first = first_seed(parse_flags(rest))
-                chosen = chosen_on(own.tuned_on, range(first, first + own.seeds))
+            for folder in own.tuned_on:
+                chosen |= chosen_on(folder, range(first, first + own.seeds))
             print(compare(expanded(own.methods), own.seeds, own.jobs, rest, argv, chosen))
         return 0
     except (ChildProcessError, FloatingPointError) as error:
