@@ -1,6 +1,7 @@
 """README and tutorials: their Python blocks from top to bottom, their pictures, where their links lead, and
 the files of the paper's settings."""
 
+import itertools
 import json
 import os
 import re
@@ -104,9 +105,12 @@ def test_the_evidence_is_drawn_from_the_records():
 
     panels = evidence.picture(evidence.records()).axes
     for axes, task in zip(panels, evidence.TASKS, strict=True):
-        star = next(line for line in axes.lines if line.get_marker() == "*")
-        assert star.get_ydata() == pytest.approx(evidence.alone_in_per_cent(task))
-        assert all(len(container.lines[0].get_xdata()) > 3 for container in axes.containers)
+        stars = next(line for line in axes.lines if line.get_marker() == "*")
+        methods = (evidence.ALONE, evidence.WEAK)
+        shown = [evidence.per_cent_of_the_penalty(task, words)[0] for words in methods]
+        assert stars.get_ydata() == pytest.approx(shown)
+        lines = axes.containers[: len(evidence.COMPARED)]
+        assert all(len(container.lines[0].get_xdata()) > 3 for container in lines)
     for page, tables in evidence.page_tables().items():
         text = (RESULTS / f"{page}.md").read_text(encoding="utf-8")
         for name, table in tables.items():
@@ -114,6 +118,20 @@ def test_the_evidence_is_drawn_from_the_records():
     for task in evidence.TASKS:
         words = f"{evidence.alone_in_per_cent(task):.0f} per cent"
         assert words in (RESULTS / "README.md").read_text(encoding="utf-8"), task
+
+
+def test_records_that_are_compared_begin_with_the_same_models():
+    """And the fixed sender, whose runs two records have, ends with the same numbers in both."""
+    from tutorials.figures import evidence
+
+    for task, folders in itertools.product(evidence.TASKS, evidence.RECORDS.values()):
+        rivals, ours = (evidence.record_of(task, folder)["summary"] for folder in folders)
+        for name in ("reward", "drift"):
+            assert rivals["start"][name] == ours["start"][name], (task, folders)
+        known, new = (summary["ends"][["reward", "drift"]] for summary in (rivals, ours))
+        shared = known.index.intersection(new.index)
+        assert set(shared.unique("setting")) == ({"fixed-sender"} if task == "translation" else set())
+        assert known.loc[shared].equals(new.loc[shared])
 
 
 def test_the_page_of_the_real_model_is_read_from_its_record():

@@ -7,6 +7,7 @@ It reads the records in tutorials/results, which compare.py has made."""
 
 import functools
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -21,41 +22,52 @@ from tutorials import pictures, tradeoff  # noqa: E402
 RESULTS = HERE.parent / "results"
 TASKS = {"translation": "translation game", "imdb": "mock sentiment", "qa": "technical QA"}
 BOTH = "elastic-reset and a penalty"
-WORDS = {
+AVERAGED, MIXED = "ppo-kl, averaged at the end", "ppo-kl, mixed with the start"
+ONE_EACH = {  # the methods with one setting for each KL coefficient
     BOTH: "penalty and resets",
     "ppo-kl": "penalty alone",
-    "ppo-kl, averaged at the end": "penalty, averaged at the end",
-    "ppo-kl, mixed with the start": "penalty, mixed with the start",
-    "ppo, stopped early": "PPO, stopped early",
-    "S2P": "supervised loss together with RL (S2P)",
-    "SIL": "imitation by students (SIL)",
+    AVERAGED: "penalty, averaged at the end",
 }
-MISJUDGED = {  # both have a coefficient that is so many times the best one of the penalty alone
-    "penalty alone, both with a tenth of its best coefficient": ("ppo-kl", 0.1),
-    "penalty, mixed with the start, both with a tenth": ("ppo-kl, mixed with the start", 0.1),
-    "penalty alone, both with ten times its best coefficient": ("ppo-kl", 10),
-}
-ONE_EACH = list(WORDS)[:3]  # the methods with one setting for each KL coefficient
 BATCHES = {8: "batch_8", 16: "", 32: "batch_32"}
-ALONE_WORDS = {
-    "elastic-reset": "resets alone",
-    "elastic-reset, mixed with the start": "resets alone, mixed with the start",
+# What is compared, in the order of the tables.
+PLAIN, ALONE = "plain PPO", "resets without a penalty"
+PLAIN_MIXED, STOPPED = "plain PPO, mixed with the start", "plain PPO, stopped early"
+WEAK_PENALTY, WEAK, WEAK_MIXED = (
+    "weak penalty",
+    "weak penalty and resets",
+    "weak penalty, mixed with the start",
+)
+PENALTY, TUNED = "tuned penalty", "tuned penalty and resets, untuned share"
+OWN = "penalty chosen for resets, untuned share"
+BEST_AVERAGE, BEST_MIXTURE = "best average of a penalty's run", "best mixture of a penalty's run"
+STRONG_PENALTY, STRONG = "too strong a penalty", "too strong a penalty and resets, untuned share"
+S2P, SIL = "supervised loss together with RL (S2P)", "imitation by students (SIL)"
+SHORT = [PLAIN, ALONE, PLAIN_MIXED, WEAK_PENALTY, WEAK, WEAK_MIXED, PENALTY, TUNED, BEST_MIXTURE]
+RIVALS = {  # {with resets: what it is compared with}
+    ALONE: [PENALTY, PLAIN_MIXED, STOPPED, BEST_AVERAGE, BEST_MIXTURE, S2P, SIL],
+    WEAK: [PENALTY, WEAK_PENALTY, WEAK_MIXED, ALONE],
+    TUNED: [PENALTY, BEST_AVERAGE, BEST_MIXTURE],
+    STRONG: [STRONG_PENALTY],
 }
-ALONE_WORDS |= {method: words for method, words in WORDS.items() if method.startswith("ppo-kl")}
 BLUE, GREEN = pictures.STYLES["elastic-reset"][0], pictures.STYLES["ppo-kl"][0]
 COMPARED = {  # {method: its line in the picture}
     "ppo-kl": dict(label="KL penalty alone", color=GREEN, marker="^"),
-    BOTH: dict(label="KL penalty and resets", color=BLUE, marker="o"),
+    BOTH: dict(label="KL penalty and resets, share 0.11 to 0.13", color=BLUE, marker="o"),
     "ppo-kl, mixed with the start": dict(
-        label="KL penalty, mixed with the start at the end",
+        label="KL penalty, mixed at the end with the start",
         color=GREEN,
         marker="^",
         fillstyle="none",
         linestyle=":",
     ),
 }
-RESETS_ALONE = "resets_alone"
-ALONE_FOLDERS = {"seeds 0 to 4": RESETS_ALONE, "seeds 200 to 204": "resets_alone_again"}
+# {seeds: the folder of the rivals' record, and that of resets with a chosen period and share}. Both begin
+# with the same pretrained models.
+RECORDS = {"seeds 0 to 4": ("", "chosen"), "seeds 200 to 204": ("confirmation", "chosen_again")}
+FIRST = next(iter(RECORDS))
+# Records of resets without a penalty and of the tuned penalty that begin with other pretrained models.
+OTHER_MODELS = dict.fromkeys(TASKS, ["other_models"])
+OTHER_MODELS["translation"] = ["other_models", "other_models_again"]
 NEAR_KL_16 = [  # settings of real text with about the same KL
     "elastic-reset:kl_coef=0.003",
     "ppo, eta 0.40",
@@ -64,7 +76,6 @@ NEAR_KL_16 = [  # settings of real text with about the same KL
     "ppo-kl:kl_coef=0.01, average",
 ]
 BOUNDS = (1.15, 1.25, 1.5, 2)  # of the drift that counts, in multiples of the start's
-FACTORS = {"none": 0, "about a tenth of the best": 0.1, "the best": 1, "about ten times the best": 10}
 
 
 def rows_of(summary, method):
@@ -80,7 +91,7 @@ def settings_of(summary, method):
     own = rows_of(summary, method)
     rate = tradeoff.chosen_rows(summary, method)["learning_rate"].iloc[0]
     own = own[own["learning_rate"] == rate]
-    return {coef: rows.droplevel("setting") for coef, rows in own.groupby("kl_coef")}
+    return {coef: rows.reset_index("setting") for coef, rows in own.groupby("kl_coef")}
 
 
 def in_per_cent(summary, number="mean"):
@@ -106,7 +117,7 @@ def picture(summaries):
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     panels = figure.subplots(1, len(TASKS), sharey=True)
     for axes, (task, summary) in zip(panels, summaries.items(), strict=True):
-        draw_choice(axes, summary, alone_in_per_cent(task))
+        draw_choice(axes, summary, contenders(task))
         axes.set_title(TASKS[task])
     figure.axes[1].set_xlabel("KL coefficient, as a multiple of the best")  # of all three
     figure.axes[0].set_ylabel("trade-off (100: tuned KL penalty)")
@@ -115,32 +126,80 @@ def picture(summaries):
     return figure
 
 
+@functools.cache
+def contenders(task, seeds=FIRST):
+    """{words for a method: a row for each seed of its setting}. What a record of the second seeds lacks is
+    missing. What is chosen among the mixtures of a coefficient, the first seeds choose."""
+    first = record_of(task)["summary"]
+    rivals, ours = (record_of(task, folder)["summary"] for folder in RECORDS[seeds])
+    plain = rivals if seeds == FIRST else ours
+    weak = ours["methods"].loc[BOTH, "chosen"]
+    coef = ours["ends"].loc[weak]["kl_coef"].iloc[0]
+    best = best_coefficient(rivals)
+    settings = {
+        PLAIN: (plain, "ppo"),
+        ALONE: (ours, ours["methods"].loc["elastic-reset", "chosen"]),
+        PLAIN_MIXED: (plain, best_setting(first, MIXED, 0)),
+        STOPPED: (plain, first["methods"].loc["ppo, stopped early", "chosen"]),
+        WEAK_PENALTY: (rivals, best_setting(first, "ppo-kl", coef)),
+        WEAK: (ours, weak),
+        WEAK_MIXED: (rivals, best_setting(first, MIXED, coef)),
+        PENALTY: (rivals, rivals["methods"].loc["ppo-kl", "chosen"]),
+        TUNED: (rivals, best_setting(rivals, BOTH, best)),
+        OWN: (rivals, rivals["methods"].loc[BOTH, "chosen"]),
+        BEST_AVERAGE: (rivals, rivals["methods"].loc[AVERAGED, "chosen"]),
+        BEST_MIXTURE: (rivals, rivals["methods"].loc[MIXED, "chosen"]),
+        STRONG_PENALTY: (rivals, best_setting(rivals, "ppo-kl", 10 * best)),
+        STRONG: (rivals, best_setting(rivals, BOTH, 10 * best)),
+    }
+    for words, method in {S2P: "S2P", SIL: "SIL"}.items():
+        if method in rivals["methods"].index:
+            settings[words] = rivals, rivals["methods"].loc[method, "chosen"]
+    return {words: rows_named(*place) for words, place in settings.items() if place[1] is not None}
+
+
+def rows_named(summary, setting):
+    """A row for each seed of a setting, with its name."""
+    return summary["ends"].loc[setting].assign(setting=setting)
+
+
 def alone_and_penalty(task):
-    """The rows of resets without a penalty, with the period and share that the map chose, and of the tuned
-    penalty in the same record."""
-    summary = record_of(task, RESETS_ALONE)["summary"]
-    return [tradeoff.chosen_rows(summary, method) for method in ("elastic-reset", "ppo-kl")]
+    """The rows of resets without a penalty, with the chosen period and share, and of the tuned penalty."""
+    return [contenders(task)[words] for words in (ALONE, PENALTY)]
 
 
 def alone_in_per_cent(task):
     """The area of resets without a penalty in per cent of the tuned penalty's."""
-    alone, penalty = alone_and_penalty(task)
-    return 100 * alone["area"].mean() / penalty["area"].mean()
+    return per_cent_of_the_penalty(task, ALONE)[0]
 
 
-def draw_choice(axes, summary, alone):
-    """A line for each method, and a star for resets alone. The coefficient 0 stands left of the others."""
+def per_cent_of_the_penalty(task, words, seeds=FIRST):
+    """The area of a contender in per cent of the tuned penalty's, and its 95 per cent interval."""
+    areas, tuned_penalty = (contenders(task, seeds)[name]["area"] for name in (words, PENALTY))
+    numbers = tradeoff.difference(areas, tuned_penalty)[:3]
+    return [100 + 100 * number / tuned_penalty.mean() for number in numbers]
+
+
+def draw_choice(axes, summary, found):
+    """A line for each method, and stars for resets with a chosen period and share. The coefficient 0 stands
+    left of the others."""
     table = in_per_cent(summary)
     errors = in_per_cent(summary, "sem")
-    multiples = table.index / best_coefficient(summary)
+    best = best_coefficient(summary)
+    multiples = table.index / best
     zero = min(multiples[multiples > 0]) / 3
     for method, values in table.items():
         known = values.notna().to_numpy()
         places = [place or zero for place in multiples[known]]
         look = COMPARED[method] | dict(markersize=6, elinewidth=0.8)
         axes.errorbar(places, values[known], errors[method][known], **look)
-    look = dict(color=BLUE, marker="*", markersize=15, linestyle="")
-    axes.plot(zero, alone, **look, label="resets alone, period and share chosen", zorder=4)
+    tuned_penalty = found[PENALTY]["area"].mean()
+    stars = []
+    for words in (ALONE, WEAK):
+        mean, error = tradeoff.mean_and_error(100 * found[words]["area"] / tuned_penalty)
+        stars.append([found[words]["kl_coef"].iloc[0] / best or zero, mean, error])
+    look = dict(color=BLUE, marker="*", markersize=15, linestyle="", elinewidth=0.8)
+    axes.errorbar(*zip(*stars, strict=True), **look, label="resets, period and share chosen", zorder=4)
     axes.set_xscale("log")
     ticks = [tick for tick in (0.01, 0.1, 1, 10) if tick > 4 * zero]
     axes.set_xticks([zero, *ticks], ["none", *(f"{tick:g}" for tick in ticks)])
@@ -148,26 +207,6 @@ def draw_choice(axes, summary, alone):
     axes.axvline(1, color="0.7", linestyle=":", zorder=0)
     axes.set_ylim(-5, 125)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def choice_table(summaries):
-    """The trade-off in per cent where the penalty is missing, too weak, right and too strong. In each cell:
-    the penalty alone / with resets / the best mixture."""
-    rows = [["none; resets with chosen period and share"]]
-    for task in summaries:
-        rows[0].append(f"- / **{alone_in_per_cent(task):.0f}** / -")
-    per_cent = {task: in_per_cent(summary) for task, summary in summaries.items()}
-    for words, factor in FACTORS.items():
-        row = [words]
-        for task, summary in summaries.items():
-            coef = nearest(per_cent[task].index, factor * best_coefficient(summary))
-            if coef is None:
-                row.append("not run")
-                continue
-            areas = per_cent[task].loc[coef]
-            row.append(" / ".join("-" if math.isnan(area) else f"{area:.0f}" for area in areas))
-        rows.append(row)
-    return "\n".join(tradeoff.table(["KL coefficient", *(TASKS[task] for task in summaries)], rows))
 
 
 def nearest(coefs, wanted):
@@ -179,28 +218,33 @@ def nearest(coefs, wanted):
     return found if distances[found] < math.log(2) else None
 
 
-def while_it_trains(record, method, coef):
+def while_it_trains(record, setting):
     """The drift of each seed while the policy trains: the mean of all evaluations but the first and those
     just after a reset."""
-    rows = rows_of(record["summary"], method)
-    setting = rows[rows["kl_coef"] == coef].index.unique("setting").item()
     drifts = {}
     for seed, history in tradeoff.runs_by_setting(record)[setting].items():
         lines = pandas.DataFrame(tradeoff.during_training(history)[1:])
-        drifts[seed] = lines[lines["event"] != "after reset"]["drift"].mean()
+        drifts[int(seed)] = lines[lines["event"] != "after reset"]["drift"].mean()
     return pandas.Series(drifts)
 
 
 def training_table():
     """Drift while the policy trains, without resets and with them, and the paired difference."""
     rows = []
-    for words in ("none", "about a tenth of the best", "the best"):
-        for task in TASKS:
-            record = record_of(task)
-            summary = record["summary"]
-            coef = nearest(settings_of(summary, BOTH), FACTORS[words] * best_coefficient(summary))
-            without = while_it_trains(record, "ppo-kl", coef)
-            with_resets = while_it_trains(record, BOTH, coef)
+    for task in TASKS:
+        rivals, ours = (record_of(task, folder) for folder in RECORDS[FIRST])
+        weak = contenders(task)[WEAK]["kl_coef"].iloc[0]
+        best = best_coefficient(rivals["summary"])
+        both = settings_of(rivals["summary"], BOTH)
+        pairs = {
+            "no penalty, period and share chosen": (0, ours, contenders(task)[ALONE]),
+            f"penalty {weak:g}, period and share chosen": (weak, ours, contenders(task)[WEAK]),
+            f"tuned penalty {best:g}, share of about an eighth": (best, rivals, both[best]),
+        }
+        for words, (coef, record, resets) in pairs.items():
+            plain = "ppo" if coef == 0 else f"ppo-kl:kl_coef={coef:g}"
+            without = while_it_trains(rivals, plain)
+            with_resets = while_it_trains(record, resets["setting"].iloc[0])
             means = [rounded(mean, mean) for mean in (without.mean(), with_resets.mean())]
             rows.append([f"{TASKS[task]}, {words}", *means, interval_of(without - with_resets)])
     names = ["mean drift while the policy trains", "without resets", "with resets", "resets lower it by"]
@@ -226,7 +270,7 @@ def rounded(number, size):
 
 def by_coefficient(summary, number):
     """The mean of `number` for each KL coefficient, a row per method."""
-    own = {WORDS[method]: settings_of(summary, method) for method in ONE_EACH}
+    own = {words: settings_of(summary, method) for method, words in ONE_EACH.items()}
     coefs = sorted({coef for settings in own.values() for coef in settings})
     rows = []
     for words, settings in own.items():
@@ -235,54 +279,60 @@ def by_coefficient(summary, number):
     return "\n".join(tradeoff.table([f"{number} at the KL coefficient", *(f"{c:g}" for c in coefs)], rows))
 
 
-def tuned(summary):
-    """Each method at its chosen setting; the last column is paired by seed."""
+def chosen_table(found, with_largest=True):
+    """Each method at its setting, {words: a row for each seed}; the last column is paired by seed. The
+    largest drift is left out where the methods were not evaluated equally often."""
     rows = []
-    yardstick = tradeoff.chosen_rows(summary, BOTH)["area"]
-    for method, words in WORDS.items():
-        if method in summary["methods"].index:
-            one = tradeoff.chosen_rows(summary, method)
-            label = summary["methods"].loc[method, "chosen"].removeprefix("tutorials/baselines.py:")
-            numbers = [with_error(one[name]) for name in ("reward", "drift", "area")]
-            rows.append([words, label, *numbers, "" if method == BOTH else apart(one["area"], yardstick)])
-    names = ["method", "chosen", "reward", "drift", "area", "area less that of resets"]
+    yardstick = found[PENALTY]["area"]
+    numbers = ["reward", "drift", "largest", "area"] if with_largest else ["reward", "drift", "area"]
+    for words, own in found.items():
+        less = "" if words == PENALTY else apart(own["area"], yardstick)
+        rows.append([words, setting_words(own), *(with_error(own[name]) for name in numbers), less])
+    titles = dict(reward="reward", drift="drift at the end", largest="largest drift", area="area")
+    names = ["method", "setting", *(titles[name] for name in numbers), "area less the tuned penalty's"]
     return "\n".join(tradeoff.table(names, rows))
 
 
-def rivals(summaries):
+def per_cent_table(seeds, wanted=None):
+    """The area of each contender in per cent of the tuned penalty's, with its 95 per cent interval."""
+    found = {task: contenders(task, seeds) for task in TASKS}
+    rows = []
+    for words in wanted or dict.fromkeys(words for own in found.values() for words in own):
+        cells = [per_cent_cell(task, words, seeds) if words in found[task] else "-" for task in TASKS]
+        rows.append([words, *cells])
+    names = ["trade-off of reward and drift; 100 is a tuned KL penalty", *TASKS.values()]
+    return "\n".join(tradeoff.table(names, rows))
+
+
+def per_cent_cell(task, words, seeds):
+    mean, low, high = per_cent_of_the_penalty(task, words, seeds)
+    if not contenders(task, seeds)[words]["area"].any():
+        return "0"
+    return "100" if low == high == 100 else f"{mean:.0f} ({low:.0f} to {high:.0f})"
+
+
+def rivals(seeds):
     """The area of resets less that of each rival, paired by seed, with 95 per cent intervals."""
-    pairs = {name: rival_pairs(summaries[name]) for name in summaries}
+    found = {task: contenders(task, seeds) for task in TASKS}
     rows = []
-    for words in dict.fromkeys(words for own in pairs.values() for words in own):
-        rows.append([words, *(verdict(*own[words]) if words in own else "-" for own in pairs.values())])
-    names = ["resets with a penalty, against", *(TASKS[name] for name in pairs)]
-    return "\n".join(tradeoff.table(names, rows))
+    for ours, theirs in RIVALS.items():
+        for words in theirs:
+            known = [ours in own and words in own for own in found.values()]
+            if any(known):
+                cells = []
+                for own, has in zip(found.values(), known, strict=True):
+                    cells.append(verdict(own[ours], own[words]) if has else "-")
+                rows.append([ours, words, *cells])
+    return "\n".join(tradeoff.table(["with resets", "against", *TASKS.values()], rows))
 
 
-def rival_pairs(summary):
-    """{words: the setting with resets, and the rival's}"""
-    methods = [method for method in WORDS if method in summary["methods"].index]
-    best = {method: tradeoff.chosen_rows(summary, method) for method in methods}
-    pairs = {}
-    for method in methods[1:]:
-        pairs[WORDS[method]] = best[BOTH], best[method]
-    for words, (rival, factor) in MISJUDGED.items():
-        coef = factor * best_coefficient(summary)
-        ours = best_near(summary, BOTH, coef)
-        theirs = best_near(summary, rival, coef)
-        if ours is not None and theirs is not None:
-            pairs[words] = ours, theirs
-    return pairs
-
-
-def best_near(summary, method, coef):
+def best_setting(summary, method, coef):
     """The best setting of those whose KL coefficient is nearest to coef, if it is within a factor of 2."""
     own = rows_of(summary, method)
     found = nearest(own["kl_coef"].unique(), coef)
     if found is None:
         return None
-    there = own[own["kl_coef"] == found]
-    return there.loc[there.groupby("setting", sort=False)["area"].mean().idxmax()]
+    return own[own["kl_coef"] == found].groupby("setting", sort=False)["area"].mean().idxmax()
 
 
 def verdict(ours, rival):
@@ -300,9 +350,9 @@ def apart(ours, rival):
 def near_the_best(summary):
     """{words for a method: how many of its KL coefficients have nine tenths of its best area}"""
     counts = {}
-    for method in ONE_EACH:
+    for method, words in ONE_EACH.items():
         means = [tradeoff.mean_and_error(s["area"])[0] for s in settings_of(summary, method).values()]
-        counts[WORDS[method]] = f"{sum(mean >= 0.9 * max(means) for mean in means)} of {len(means)}"
+        counts[words] = f"{sum(mean >= 0.9 * max(means) for mean in means)} of {len(means)}"
     return counts
 
 
@@ -312,18 +362,18 @@ def by_batch_size():
     rows = []
     for size, folder in BATCHES.items():
         own = record_of("translation", folder)["summary"]
-        for rival in ONE_EACH[1:]:
+        for rival in list(ONE_EACH)[1:]:
             ours = settings_of(own, BOTH)
             theirs = settings_of(own, rival)
             words = [verdict(ours[coef], theirs[coef]) for coef in coefs]
-            rows.append([f"{size} responses an update, against: {WORDS[rival]}", *words])
+            rows.append([f"{size} responses an update, against: {ONE_EACH[rival]}", *words])
     return "\n".join(tradeoff.table(["at the KL coefficient", *(f"{coef:g}" for coef in coefs)], rows))
 
 
 def map_of(summary):
     """Reward and drift at the end for each period and share, and in brackets the largest drift of any
     evaluation."""
-    own = summary["ends"][summary["ends"]["method"] == "elastic-reset"]
+    own = summary["ends"][summary["ends"]["method"].isin(["elastic-reset", BOTH])]
     means = own.groupby(["reset_every", "share"])[["reward", "drift", "largest"]].mean()
     shares = sorted(own["share"].unique())
     rows = []
@@ -336,34 +386,20 @@ def map_of(summary):
     return "\n".join(tradeoff.table(["every", *(f"share {share:g}" for share in shares)], rows))
 
 
-def resets_alone(summaries):
-    """Resets without a penalty, with the period and share that the map chose, against the tuned penalty: a
-    row for each method and each set of seeds."""
-    rows = []
-    for words, summary in summaries.items():
-        yardstick = tradeoff.chosen_rows(summary, "ppo-kl")["area"]
-        for method, name in ALONE_WORDS.items():
-            if method not in summary["methods"].index:
-                continue
-            own = tradeoff.chosen_rows(summary, method)
-            cells = [with_error(own[column]) for column in ("reward", "drift", "largest", "area")]
-            label = setting_words(summary["methods"].loc[method, "chosen"])
-            less = "" if method == "ppo-kl" else apart(own["area"], yardstick)
-            rows.append([f"{name}, {words}", label, *cells, less])
-    names = ["method", "setting", "reward", "drift at the end", "largest drift", "area"]
-    return "\n".join(tradeoff.table([*names, "area less the penalty's"], rows))
-
-
-def setting_words(label):
-    """ "elastic-reset:kl_coef=0:reset_every=100:share=0.6, eta 0.80" -> "every 100, share 0.6, eta 0.80" """
-    label, _, afterwards = label.partition(", ")
-    own = tradeoff.split_label(label)[1]
+def setting_words(own):
+    """Name the setting of some rows, as "every 100, share 0.6" """
+    setting = own["setting"].iloc[0]
+    if stop := re.fullmatch(r"ppo at (\d+)", setting):
+        return f"at update {stop[1]}"
+    if tradeoff.is_baseline(setting):
+        values = tradeoff.split_label(setting)[1]
+        return ", ".join(f"{name.partition('_')[2].replace('_', ' ')} {values[name]}" for name in values)
     said = []
-    for name, words in {"reset_every": "every", "share": "share", "kl_coef": "KL"}.items():
-        if own.get(name, "0") != "0":
-            said.append(f"{words} {own[name]}")
-    if afterwards:
-        said.append(afterwards)
+    for name, words in {"reset_every": "every", "share": "share", "kl_coef": "KL", "eta": "eta"}.items():
+        if name in own and own[name].iloc[0] > 0:
+            said.append(f"{words} {own[name].iloc[0]:g}")
+    if setting.endswith(", average"):
+        said.append("average")
     return ", ".join(said)
 
 
@@ -393,18 +429,19 @@ def record_of(task, folder=""):
 
 def by_bound():
     """The area of resets without a penalty in per cent of the penalty's, for other bounds of the drift that
-    counts, and their gain in reward at any drift."""
+    counts, and their gain in reward at any drift. The penalty's coefficient is the best one for the bound."""
     rows = [[f"a drift of at most {bound:g} times the start's"] for bound in BOUNDS]
-    rows.append(["their gain in reward, at whatever drift"])
+    rows.append(["their gain in reward over the tuned penalty's, at whatever drift"])
     for task in TASKS:
-        summary = record_of(task, RESETS_ALONE)["summary"]
+        summary = record_of(task)["summary"]
         low, high = summary["range"]
-        both = alone_and_penalty(task)
+        alone, tuned_penalty = alone_and_penalty(task)
         for row, bound in zip(rows[:-1], BOUNDS, strict=True):
-            ours, theirs = (mean_area(own, summary["floor"], low, bound * low) for own in both)
-            words = f"{100 * ours / theirs:.0f}"
+            penalties = settings_of(summary, "ppo-kl").values()
+            best = max(mean_area(own, summary["floor"], low, bound * low) for own in penalties)
+            words = f"{100 * mean_area(alone, summary['floor'], low, bound * low) / best:.0f}"
             row.append(f"**{words}**" if math.isclose(bound * low, high) else words)
-        gains = [own["reward"].mean() - summary["floor"] for own in both]
+        gains = [own["reward"].mean() - summary["floor"] for own in (alone, tuned_penalty)]
         rows[-1].append(f"{100 * gains[0] / gains[1]:.0f}")
     return "\n".join(tradeoff.table(["resets without a penalty; 100 is the penalty", *TASKS.values()], rows))
 
@@ -417,59 +454,87 @@ def mean_area(own, floor, low, high):
     return sum(areas) / len(areas)
 
 
-def first_table(summaries):
-    """README's table: what resets and the baselines that cost nothing reach, in per cent of the tuned
-    penalty's area, with 95 per cent intervals where they were run together with it."""
-    rows = [
-        ["resets without a penalty, period and share chosen (QA: only the share)"],
-        ["resets without a penalty, share of the start 0.11 to 0.13"],
-        ["plain PPO, mixed with the start at the end"],
-        ["tuned KL penalty, mixed with the start at the end"],
-    ]
-    for task, summary in summaries.items():
-        table = in_per_cent(summary)
-        best = best_coefficient(summary)
-        none = table.loc[0.0]
-        low, high = alone_interval(task)
-        mixed = "ppo-kl, mixed with the start"
-        cells = [f"**{alone_in_per_cent(task):.0f}** ({low:.0f} to {high:.0f})"]
-        cells += [f"{value:.0f}" for value in (none[BOTH], none[mixed], table.loc[best][mixed])]
-        for row, text in zip(rows, cells, strict=True):
-            row.append(text)
-    names = ["trade-off of reward and drift; 100 is a tuned KL penalty", *TASKS.values()]
-    return "\n".join(tradeoff.table(names, rows))
+def first_table():
+    """README's table."""
+    return per_cent_table(FIRST, [ALONE, WEAK, PLAIN_MIXED, BEST_MIXTURE])
 
 
-def alone_interval(task):
-    """The 95 per cent interval of alone_in_per_cent()."""
-    alone, penalty = alone_and_penalty(task)
-    _, low, high, _ = tradeoff.difference(alone["area"], penalty["area"])
-    return [100 + 100 * end / penalty["area"].mean() for end in (low, high)]
+def expectations():
+    """What a first look at few runs had suggested, and what five seeds say: the difference of two columns,
+    paired by seed."""
+    game, imdb = contenders("translation"), contenders("imdb")
+    small = {task: record_of(task)["summary"]["ends"].loc["elastic-reset:kl_coef=0"] for task in TASKS}
+    by_period = drift_by_period("translation")
+    pairs = {
+        "game: chosen resets without a penalty have the area of a tuned penalty": (
+            game[ALONE]["area"] - game[PENALTY]["area"],
+            "no clear difference",
+        ),
+        "game: so has plain PPO, mixed with the start": (
+            game[PLAIN_MIXED]["area"] - game[PENALTY]["area"],
+            "no clear difference",
+        ),
+        "game: chosen resets have as much reward as untuned ones": (
+            game[ALONE]["reward"] - small["translation"]["reward"],
+            "no clear difference",
+        ),
+        "game: and less drift at the end": (game[ALONE]["drift"] - small["translation"]["drift"], "worse"),
+        "game: resets every 25 updates have a smaller largest drift than every 100": (
+            by_period[25] - by_period[100],
+            "worse",
+        ),
+        "mock sentiment: chosen resets have more area than untuned ones": (
+            imdb[ALONE]["area"] - small["imdb"]["area"],
+            "better",
+        ),
+        "mock sentiment: a tuned penalty has still more": (
+            imdb[ALONE]["area"] - imdb[PENALTY]["area"],
+            "worse",
+        ),
+    }
+    rows = []
+    for words, (differences, expected) in pairs.items():
+        found = tradeoff.difference(differences, 0)[3]
+        agreed = "not refuted" if found == "no clear difference" else "confirmed"
+        rows.append([words, interval_of(differences), agreed if found == expected else "refuted"])
+    return "\n".join(tradeoff.table(["expected", "difference", "it was"], rows))
+
+
+def drift_by_period(task):
+    """The largest drift of a run of the map for each period, a row per seed, averaged over the shares."""
+    ends = record_of(task, "map")["summary"]["ends"]
+    return ends.groupby(["seed", "reset_every"])["largest"].mean().unstack()
 
 
 def page_tables():
     """{page of tutorials/results: {name: table}}"""
-    found, again = records(), records("confirmation")
-    pages = {task: task_tables(task, found[task], again[task]) for task in TASKS}
+    found = records()
+    pages = {task: task_tables(task, found[task]) for task in TASKS}
     pages["translation"]["batches"] = by_batch_size()
     reviews = record_of("reviews")["summary"]
     pages["reviews"] = dict(few=real_text(reviews, NEAR_KL_16), all=real_text(reviews))
-    pages["README"] = dict(choice=choice_table(found), training=training_table())
-    pages["README"] |= {"rivals": rivals(found), "rivals again": rivals(again), "bounds": by_bound()}
-    pages["../../README"] = dict(first=first_table(found))
+    pages["README"] = dict(short=per_cent_table(FIRST, SHORT), training=training_table(), bounds=by_bound())
+    for seeds in RECORDS:
+        pages["README"] |= {
+            f"all, {seeds}": per_cent_table(seeds),
+            f"rivals, {seeds}": rivals(seeds),
+        }
+    pages["README"]["expected"] = expectations()
+    pages["../../README"] = dict(first=first_table())
     return pages
 
 
-def task_tables(task, found, again):
+def task_tables(task, found):
     """Return the tables of a task's own page, {name: table}."""
-    tables = dict(map=map_of(record_of(task, "map")["summary"]))
-    alone = {}
-    for words, folder in ALONE_FOLDERS.items():
-        if (RESULTS / task / folder).exists():
-            alone[words] = record_of(task, folder)["summary"]
-    tables["resets alone"] = resets_alone(alone)
-    tables |= {number: by_coefficient(found, number) for number in ("drift", "reward")}
-    return tables | {"tuned": tuned(found), "tuned again": tuned(again)}
+    tables = {folder: map_of(record_of(task, folder)["summary"]) for folder in ("map", "map_weak")}
+    tables |= {seeds: chosen_table(contenders(task, seeds), seeds == FIRST) for seeds in RECORDS}
+    for folder in OTHER_MODELS[task]:
+        summary = record_of(task, folder)["summary"]
+        names = {ALONE: "elastic-reset", PENALTY: "ppo-kl", BEST_AVERAGE: AVERAGED, BEST_MIXTURE: MIXED}
+        settings = {words: summary["methods"].loc[method, "chosen"] for words, method in names.items()}
+        methods = {words: rows_named(summary, setting) for words, setting in settings.items()}
+        tables[folder] = chosen_table(methods)
+    return tables | {number: by_coefficient(found, number) for number in ("drift", "reward")}
 
 
 if __name__ == "__main__":
