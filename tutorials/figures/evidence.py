@@ -65,6 +65,7 @@ COMPARED = {  # {method: its line in the picture}
 # with the same pretrained models.
 RECORDS = {"seeds 0 to 4": ("", "chosen"), "seeds 200 to 204": ("confirmation", "chosen_again")}
 FIRST = next(iter(RECORDS))
+MAPS = ("map", "map_weak", "map_default")  # without a penalty, with a weak one, with the task's default one
 # Records of resets without a penalty and of the tuned penalty that begin with other pretrained models.
 OTHER_MODELS = dict.fromkeys(TASKS, ["other_models"])
 OTHER_MODELS["translation"] = ["other_models", "other_models_again"]
@@ -136,6 +137,9 @@ def contenders(task, seeds=FIRST):
     weak = ours["methods"].loc[BOTH, "chosen"]
     coef = ours["ends"].loc[weak]["kl_coef"].iloc[0]
     best = best_coefficient(rivals)
+    tuned = best_setting(rivals, BOTH, best)
+    if rivals["ends"].loc[tuned]["kl_coef"].iloc[0] != best:
+        tuned = None  # resets were not run with the very coefficient
     settings = {
         PLAIN: (plain, "ppo"),
         ALONE: (ours, ours["methods"].loc["elastic-reset", "chosen"]),
@@ -145,7 +149,7 @@ def contenders(task, seeds=FIRST):
         WEAK: (ours, weak),
         WEAK_MIXED: (rivals, best_setting(first, MIXED, coef)),
         PENALTY: (rivals, rivals["methods"].loc["ppo-kl", "chosen"]),
-        TUNED: (rivals, best_setting(rivals, BOTH, best)),
+        TUNED: (rivals, tuned),
         OWN: (rivals, rivals["methods"].loc[BOTH, "chosen"]),
         BEST_AVERAGE: (rivals, rivals["methods"].loc[AVERAGED, "chosen"]),
         BEST_MIXTURE: (rivals, rivals["methods"].loc[MIXED, "chosen"]),
@@ -526,7 +530,8 @@ def page_tables():
 
 def task_tables(task, found):
     """Return the tables of a task's own page, {name: table}."""
-    tables = {folder: map_of(record_of(task, folder)["summary"]) for folder in ("map", "map_weak")}
+    maps = [folder for folder in MAPS if (RESULTS / task / folder).exists()]
+    tables = {folder: map_of(record_of(task, folder)["summary"]) for folder in maps}
     tables |= {seeds: chosen_table(contenders(task, seeds), seeds == FIRST) for seeds in RECORDS}
     for folder in OTHER_MODELS[task]:
         summary = record_of(task, folder)["summary"]
