@@ -41,10 +41,11 @@ PENALTY, TUNED = "tuned penalty", "tuned penalty and resets, untuned share"
 OWN = "penalty chosen for resets, untuned share"
 BEST_AVERAGE, BEST_MIXTURE = "best average of a penalty's run", "best mixture of a penalty's run"
 STRONG_PENALTY, STRONG = "too strong a penalty", "too strong a penalty and resets, untuned share"
+TO_AVERAGE, TO_START = "resets to the average only (reset-ema)", "resets to the start only (reset-init)"
 S2P, SIL = "supervised loss together with RL (S2P)", "imitation by students (SIL)"
 SHORT = [PLAIN, ALONE, PLAIN_MIXED, WEAK_PENALTY, WEAK, WEAK_MIXED, PENALTY, TUNED, BEST_MIXTURE]
 RIVALS = {  # {with resets: what it is compared with}
-    ALONE: [PENALTY, PLAIN_MIXED, STOPPED, BEST_AVERAGE, BEST_MIXTURE, S2P, SIL],
+    ALONE: [PENALTY, PLAIN_MIXED, STOPPED, BEST_AVERAGE, BEST_MIXTURE, TO_AVERAGE, TO_START, S2P, SIL],
     WEAK: [PENALTY, WEAK_PENALTY, WEAK_MIXED, ALONE],
     TUNED: [PENALTY, BEST_AVERAGE, BEST_MIXTURE],
     STRONG: [STRONG_PENALTY],
@@ -156,9 +157,10 @@ def contenders(task, seeds=FIRST):
         STRONG_PENALTY: (rivals, best_setting(rivals, "ppo-kl", 10 * best)),
         STRONG: (rivals, best_setting(rivals, BOTH, 10 * best)),
     }
-    for words, method in {S2P: "S2P", SIL: "SIL"}.items():
-        if method in rivals["methods"].index:
-            settings[words] = rivals, rivals["methods"].loc[method, "chosen"]
+    halves = {TO_AVERAGE: (ours, "reset-ema"), TO_START: (ours, "reset-init")}
+    for words, (summary, method) in (halves | {S2P: (rivals, "S2P"), SIL: (rivals, "SIL")}).items():
+        if method in summary["methods"].index:
+            settings[words] = summary, summary["methods"].loc[method, "chosen"]
     return {words: rows_named(*place) for words, place in settings.items() if place[1] is not None}
 
 
