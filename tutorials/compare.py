@@ -33,8 +33,8 @@ KL penalty are a method apart from resets with one, and `ppo` is `ppo-kl` at the
 also gives a policy that is stopped early, at each of its evaluations. A method of a program of its own is
 named by file and method: tutorials/baselines.py:S2P:s2p_coef=1. All its settings together are one method.
 
-With --tuned_on FOLDER each method's setting is chosen by the record in FOLDER, made with other seeds. Several
-folders may choose for a method each; the last one that has a method chooses for it.
+With --tuned_on FOLDER each method's setting is chosen by the record in FOLDER, made with other seeds. Of
+several folders the last one that has a method chooses for it.
 It needs pandas and scipy: pip install '.[compare]'"""
 
 import argparse

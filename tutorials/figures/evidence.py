@@ -54,7 +54,7 @@ BLUE, GREEN = pictures.STYLES["elastic-reset"][0], pictures.STYLES["ppo-kl"][0]
 COMPARED = {  # {method: its line in the picture}
     "ppo-kl": dict(label="KL penalty alone", color=GREEN, marker="^"),
     BOTH: dict(label="KL penalty and resets, share 0.11 to 0.13", color=BLUE, marker="o"),
-    "ppo-kl, mixed with the start": dict(
+    MIXED: dict(
         label="KL penalty, mixed at the end with the start",
         color=GREEN,
         marker="^",
@@ -93,7 +93,7 @@ def settings_of(summary, method):
     own = rows_of(summary, method)
     rate = tradeoff.chosen_rows(summary, method)["learning_rate"].iloc[0]
     own = own[own["learning_rate"] == rate]
-    return {coef: rows.reset_index("setting") for coef, rows in own.groupby("kl_coef")}
+    return {coef: rows.droplevel("setting") for coef, rows in own.groupby("kl_coef")}
 
 
 def in_per_cent(summary, number="mean"):
@@ -135,48 +135,44 @@ def contenders(task, seeds=FIRST):
     first = record_of(task)["summary"]
     rivals, ours = (record_of(task, folder)["summary"] for folder in RECORDS[seeds])
     plain = rivals if seeds == FIRST else ours
-    weak = ours["methods"].loc[BOTH, "chosen"]
+    weak = chosen(ours, BOTH)
     coef = ours["ends"].loc[weak]["kl_coef"].iloc[0]
     best = best_coefficient(rivals)
-    tuned = best_setting(rivals, BOTH, best)
-    if rivals["ends"].loc[tuned]["kl_coef"].iloc[0] != best:
-        tuned = None  # resets were not run with the very coefficient
     settings = {
         PLAIN: (plain, "ppo"),
-        ALONE: (ours, ours["methods"].loc["elastic-reset", "chosen"]),
+        ALONE: (ours, chosen(ours, "elastic-reset")),
         PLAIN_MIXED: (plain, best_setting(first, MIXED, 0)),
-        STOPPED: (plain, first["methods"].loc["ppo, stopped early", "chosen"]),
+        STOPPED: (plain, chosen(first, "ppo, stopped early")),
         WEAK_PENALTY: (rivals, best_setting(first, "ppo-kl", coef)),
         WEAK: (ours, weak),
         WEAK_MIXED: (rivals, best_setting(first, MIXED, coef)),
-        PENALTY: (rivals, rivals["methods"].loc["ppo-kl", "chosen"]),
-        TUNED: (rivals, tuned),
-        OWN: (rivals, rivals["methods"].loc[BOTH, "chosen"]),
-        BEST_AVERAGE: (rivals, rivals["methods"].loc[AVERAGED, "chosen"]),
-        BEST_MIXTURE: (rivals, rivals["methods"].loc[MIXED, "chosen"]),
+        PENALTY: (rivals, chosen(rivals, "ppo-kl")),
+        TUNED: (rivals, best_setting(rivals, BOTH, best, factor=1.0)),
+        OWN: (rivals, chosen(rivals, BOTH)),
+        BEST_AVERAGE: (rivals, chosen(rivals, AVERAGED)),
+        BEST_MIXTURE: (rivals, chosen(rivals, MIXED)),
         STRONG_PENALTY: (rivals, best_setting(rivals, "ppo-kl", 10 * best)),
         STRONG: (rivals, best_setting(rivals, BOTH, 10 * best)),
+        TO_AVERAGE: (ours, chosen(ours, "reset-ema")),
+        TO_START: (ours, chosen(ours, "reset-init")),
+        S2P: (rivals, chosen(rivals, "S2P")),
+        SIL: (rivals, chosen(rivals, "SIL")),
     }
-    halves = {TO_AVERAGE: (ours, "reset-ema"), TO_START: (ours, "reset-init")}
-    for words, (summary, method) in (halves | {S2P: (rivals, "S2P"), SIL: (rivals, "SIL")}).items():
-        if method in summary["methods"].index:
-            settings[words] = summary, summary["methods"].loc[method, "chosen"]
-    return {words: rows_named(*place) for words, place in settings.items() if place[1] is not None}
+    rows = {}
+    for words, (summary, setting) in settings.items():
+        if setting is not None:
+            rows[words] = rows_named(summary, setting)
+    return rows
+
+
+def chosen(summary, method):
+    """The setting that was chosen for a method, or None if the record does not have the method."""
+    return summary["methods"]["chosen"].get(method)
 
 
 def rows_named(summary, setting):
     """A row for each seed of a setting, with its name."""
     return summary["ends"].loc[setting].assign(setting=setting)
-
-
-def alone_and_penalty(task):
-    """The rows of resets without a penalty, with the chosen period and share, and of the tuned penalty."""
-    return [contenders(task)[words] for words in (ALONE, PENALTY)]
-
-
-def alone_in_per_cent(task):
-    """The area of resets without a penalty in per cent of the tuned penalty's."""
-    return per_cent_of_the_penalty(task, ALONE)[0]
 
 
 def per_cent_of_the_penalty(task, words, seeds=FIRST):
@@ -215,18 +211,19 @@ def draw_choice(axes, summary, found):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def nearest(coefs, wanted):
-    """The coefficient next to the one that is wanted, if it is within a factor of 2, and 0 for 0."""
+def nearest(coefs, wanted, factor):
+    """The coefficient next to the one that is wanted, if it is within a factor, and 0 for 0."""
     if wanted == 0:
         return 0.0
     distances = {coef: abs(math.log(coef / wanted)) for coef in coefs if coef}
     found = min(distances, key=distances.get)
-    return found if distances[found] < math.log(2) else None
+    return found if distances[found] <= math.log(factor) else None
 
 
-def while_it_trains(record, setting):
-    """The drift of each seed while the policy trains: the mean of all evaluations but the first and those
-    just after a reset."""
+def while_it_trains(record, own):
+    """The drift of each seed of some rows while the policy trains: the mean of all evaluations but the first
+    and those just after a reset."""
+    setting = own["setting"].iloc[0]
     drifts = {}
     for seed, history in tradeoff.runs_by_setting(record)[setting].items():
         lines = pandas.DataFrame(tradeoff.during_training(history)[1:])
@@ -239,18 +236,16 @@ def training_table():
     rows = []
     for task in TASKS:
         rivals, ours = (record_of(task, folder) for folder in RECORDS[FIRST])
-        weak = contenders(task)[WEAK]["kl_coef"].iloc[0]
-        best = best_coefficient(rivals["summary"])
-        both = settings_of(rivals["summary"], BOTH)
+        found = contenders(task)
+        weak, best = (found[words]["kl_coef"].iloc[0] for words in (WEAK, PENALTY))
         pairs = {
-            "no penalty, period and share chosen": (0, ours, contenders(task)[ALONE]),
-            f"penalty {weak:g}, period and share chosen": (weak, ours, contenders(task)[WEAK]),
-            f"tuned penalty {best:g}, share of about an eighth": (best, rivals, both[best]),
+            "no penalty, period and share chosen": (PLAIN, ours, ALONE),
+            f"penalty {weak:g}, period and share chosen": (WEAK_PENALTY, ours, WEAK),
+            f"tuned penalty {best:g}, share of about an eighth": (PENALTY, rivals, TUNED),
         }
-        for words, (coef, record, resets) in pairs.items():
-            plain = "ppo" if coef == 0 else f"ppo-kl:kl_coef={coef:g}"
-            without = while_it_trains(rivals, plain)
-            with_resets = while_it_trains(record, resets["setting"].iloc[0])
+        for words, (plain, record, resets) in pairs.items():
+            without = while_it_trains(rivals, found[plain])
+            with_resets = while_it_trains(record, found[resets])
             means = [rounded(mean, mean) for mean in (without.mean(), with_resets.mean())]
             rows.append([f"{TASKS[task]}, {words}", *means, interval_of(without - with_resets)])
     names = ["mean drift while the policy trains", "without resets", "with resets", "resets lower it by"]
@@ -288,14 +283,15 @@ def by_coefficient(summary, number):
 def chosen_table(found, with_largest=True):
     """Each method at its setting, {words: a row for each seed}; the last column is paired by seed. The
     largest drift is left out where the methods were not evaluated equally often."""
-    rows = []
-    yardstick = found[PENALTY]["area"]
-    numbers = ["reward", "drift", "largest", "area"] if with_largest else ["reward", "drift", "area"]
-    for words, own in found.items():
-        less = "" if words == PENALTY else apart(own["area"], yardstick)
-        rows.append([words, setting_words(own), *(with_error(own[name]) for name in numbers), less])
     titles = dict(reward="reward", drift="drift at the end", largest="largest drift", area="area")
-    names = ["method", "setting", *(titles[name] for name in numbers), "area less the tuned penalty's"]
+    if not with_largest:
+        del titles["largest"]
+    rows = []
+    for words, own in found.items():
+        cells = [with_error(own[name]) for name in titles]
+        less = "" if words == PENALTY else apart(own["area"], found[PENALTY]["area"])
+        rows.append([words, setting_words(own), *cells, less])
+    names = ["method", "setting", *titles.values(), "area less the tuned penalty's"]
     return "\n".join(tradeoff.table(names, rows))
 
 
@@ -319,23 +315,24 @@ def per_cent_cell(task, words, seeds):
 
 def rivals(seeds):
     """The area of resets less that of each rival, paired by seed, with 95 per cent intervals."""
-    found = {task: contenders(task, seeds) for task in TASKS}
     rows = []
     for ours, theirs in RIVALS.items():
         for words in theirs:
-            known = [ours in own and words in own for own in found.values()]
-            if any(known):
-                cells = []
-                for own, has in zip(found.values(), known, strict=True):
-                    cells.append(verdict(own[ours], own[words]) if has else "-")
+            cells = [rival_cell(contenders(task, seeds), ours, words) for task in TASKS]
+            if any(cell != "-" for cell in cells):
                 rows.append([ours, words, *cells])
     return "\n".join(tradeoff.table(["with resets", "against", *TASKS.values()], rows))
 
 
-def best_setting(summary, method, coef):
-    """The best setting of those whose KL coefficient is nearest to coef, if it is within a factor of 2."""
+def rival_cell(found, ours, theirs):
+    return verdict(found[ours], found[theirs]) if {ours, theirs} <= found.keys() else "-"
+
+
+def best_setting(summary, method, coef, factor=2.0):
+    """The best setting of those whose KL coefficient is nearest to coef, or None if none is within a
+    factor."""
     own = rows_of(summary, method)
-    found = nearest(own["kl_coef"].unique(), coef)
+    found = nearest(own["kl_coef"].unique(), coef, factor)
     if found is None:
         return None
     return own[own["kl_coef"] == found].groupby("setting", sort=False)["area"].mean().idxmax()
@@ -422,9 +419,9 @@ def real_text(summary, wanted=()):
     return "\n".join(tradeoff.table(titles, [["start", *start], *rows]))
 
 
-def records(folder=""):
-    """{task: the summary of its record}, or of that in a folder of it"""
-    return {task: record_of(task, folder)["summary"] for task in TASKS}
+def records():
+    """{task: the summary of its record}"""
+    return {task: record_of(task)["summary"] for task in TASKS}
 
 
 @functools.cache
@@ -441,7 +438,7 @@ def by_bound():
     for task in TASKS:
         summary = record_of(task)["summary"]
         low, high = summary["range"]
-        alone, tuned_penalty = alone_and_penalty(task)
+        alone, tuned_penalty = (contenders(task)[words] for words in (ALONE, PENALTY))
         for row, bound in zip(rows[:-1], BOUNDS, strict=True):
             penalties = settings_of(summary, "ppo-kl").values()
             best = max(mean_area(own, summary["floor"], low, bound * low) for own in penalties)
@@ -466,44 +463,60 @@ def first_table():
 
 
 def expectations():
-    """What a first look at few runs had suggested, and what five seeds say: the difference of two columns,
+    """What a first look at few runs had suggested, and what the seeds say: the difference of two columns,
     paired by seed."""
-    game, imdb = contenders("translation"), contenders("imdb")
-    small = {task: record_of(task)["summary"]["ends"].loc["elastic-reset:kl_coef=0"] for task in TASKS}
+    game, imdb = (contenders(task) for task in ("translation", "imdb"))
+    untuned_game, untuned_imdb = (
+        record_of(task)["summary"]["ends"].loc["elastic-reset:kl_coef=0"] for task in ("translation", "imdb")
+    )
+    resets, penalty, mixture = game[ALONE], game[PENALTY], game[PLAIN_MIXED]
     by_period = drift_by_period("translation")
-    pairs = {
-        "game: chosen resets without a penalty have the area of a tuned penalty": (
-            game[ALONE]["area"] - game[PENALTY]["area"],
-            "no clear difference",
+    level, less, more = "no clear difference", "worse", "better"
+    rows = [
+        expectation(
+            "game: chosen resets without a penalty have the area of a tuned penalty",
+            resets["area"] - penalty["area"],
+            level,
         ),
-        "game: so has plain PPO, mixed with the start": (
-            game[PLAIN_MIXED]["area"] - game[PENALTY]["area"],
-            "no clear difference",
+        expectation(
+            "game: so has plain PPO, mixed with the start",
+            mixture["area"] - penalty["area"],
+            level,
         ),
-        "game: chosen resets have as much reward as untuned ones": (
-            game[ALONE]["reward"] - small["translation"]["reward"],
-            "no clear difference",
+        expectation(
+            "game: chosen resets have as much reward as untuned ones",
+            resets["reward"] - untuned_game["reward"],
+            level,
         ),
-        "game: and less drift at the end": (game[ALONE]["drift"] - small["translation"]["drift"], "worse"),
-        "game: resets every 25 updates have a smaller largest drift than every 100": (
+        expectation(
+            "game: and less drift at the end",
+            resets["drift"] - untuned_game["drift"],
+            less,
+        ),
+        expectation(
+            "game: resets every 25 updates have a smaller largest drift than every 100",
             by_period[25] - by_period[100],
-            "worse",
+            less,
         ),
-        "mock sentiment: chosen resets have more area than untuned ones": (
-            imdb[ALONE]["area"] - small["imdb"]["area"],
-            "better",
+        expectation(
+            "mock sentiment: chosen resets have more area than untuned ones",
+            imdb[ALONE]["area"] - untuned_imdb["area"],
+            more,
         ),
-        "mock sentiment: a tuned penalty has still more": (
+        expectation(
+            "mock sentiment: a tuned penalty has still more",
             imdb[ALONE]["area"] - imdb[PENALTY]["area"],
-            "worse",
+            less,
         ),
-    }
-    rows = []
-    for words, (differences, expected) in pairs.items():
-        found = tradeoff.difference(differences, 0)[3]
-        agreed = "not refuted" if found == "no clear difference" else "confirmed"
-        rows.append([words, interval_of(differences), agreed if found == expected else "refuted"])
+    ]
     return "\n".join(tradeoff.table(["expected", "difference", "it was"], rows))
+
+
+def expectation(words, differences, expected):
+    """A row that says whether the verdict of paired differences is the expected one."""
+    agreed = "not refuted" if expected == "no clear difference" else "confirmed"
+    agrees = tradeoff.difference(differences, 0)[3] == expected
+    return [words, interval_of(differences), agreed if agrees else "refuted"]
 
 
 def drift_by_period(task):
@@ -521,10 +534,8 @@ def page_tables():
     pages["reviews"] = dict(few=real_text(reviews, NEAR_KL_16), all=real_text(reviews))
     pages["README"] = dict(short=per_cent_table(FIRST, SHORT), training=training_table(), bounds=by_bound())
     for seeds in RECORDS:
-        pages["README"] |= {
-            f"all, {seeds}": per_cent_table(seeds),
-            f"rivals, {seeds}": rivals(seeds),
-        }
+        pages["README"][f"all, {seeds}"] = per_cent_table(seeds)
+        pages["README"][f"rivals, {seeds}"] = rivals(seeds)
     pages["README"]["expected"] = expectations()
     pages["../../README"] = dict(first=first_table())
     return pages
@@ -538,9 +549,8 @@ def task_tables(task, found):
     for folder in OTHER_MODELS[task]:
         summary = record_of(task, folder)["summary"]
         names = {ALONE: "elastic-reset", PENALTY: "ppo-kl", BEST_AVERAGE: AVERAGED, BEST_MIXTURE: MIXED}
-        settings = {words: summary["methods"].loc[method, "chosen"] for words, method in names.items()}
-        methods = {words: rows_named(summary, setting) for words, setting in settings.items()}
-        tables[folder] = chosen_table(methods)
+        rows = {words: rows_named(summary, chosen(summary, method)) for words, method in names.items()}
+        tables[folder] = chosen_table(rows)
     return tables | {number: by_coefficient(found, number) for number in ("drift", "reward")}
 
 
